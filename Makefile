@@ -1,0 +1,43 @@
+# Two commands: `make demo` and `make test`. Each makes .venv with what it needs, and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*') pyproject.toml README.md
+
+.PHONY: demo test format bench clean
+
+demo: $(VENV)/.demo $(VENV)/.ewma
+	$(BIN)/python examples/train_digits.py
+
+test: $(VENV)/.dev $(VENV)/.ewma
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev $(VENV)/.ewma
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes in alone and first: asked for together with others, pip may take a newer build with gigabytes of CUDA.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --constraint constraints.txt setuptools
+	touch $@
+
+# The extras' packages without the project itself, so that a changed source does not ask pip to resolve them again.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(PIP) install --constraint constraints.txt --no-build-isolation ".[$*]"
+	touch $@
+
+$(VENV)/.ewma: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --constraint constraints.txt --no-build-isolation --force-reinstall --no-deps .
+	touch $@

@@ -1,0 +1,34 @@
+"""Exponential moving averages for deep learning: of weights, of gradients, of series."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ewma import nn, profiles
+    from ewma.profiles import Exponential, Power, Uniform
+    from ewma.series import EMA
+    from ewma.weights import ModelEMA
+
+__all__ = ["EMA", "Exponential", "ModelEMA", "Power", "Uniform", "nn", "profiles"]
+
+_HOME = {
+    "EMA": "ewma.series",
+    "Exponential": "ewma.profiles",
+    "ModelEMA": "ewma.weights",
+    "Power": "ewma.profiles",
+    "Uniform": "ewma.profiles",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in __all__:
+        return importlib.import_module(f"ewma.{name}")
+    raise AttributeError(f"module 'ewma' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

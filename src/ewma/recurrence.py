@@ -1,0 +1,213 @@
+"""(weight, time, count) and the one update: where every average's next coefficient comes from.
+
+    weight' = keep * weight + gain
+    mean'   = mean + (gain / weight') * (x - mean)
+
+`Recurrence` keeps the weight and answers with the coefficient `gain / weight'`; who holds the mean applies it.
+`Moments` is the whole of it for plain floats: running mean and variance.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from ewma.profiles import Exponential, Profile, Scalar, Uniform, choose
+
+Weigh = Literal["time", "value"]
+
+
+def weighing(profile: Profile, weigh: Weigh | None) -> Weigh:
+    """The rule asked for; by default by value (pandas') where the profile has one, else by time."""
+    by_value = isinstance(profile, Exponential | Uniform)
+    if weigh is None:
+        return "value" if by_value else "time"
+    if weigh not in ("time", "value"):
+        raise ValueError(f'weigh must be "time" or "value"; got {weigh!r}')
+    if weigh == "value" and not by_value:
+        raise ValueError(
+            f'weigh="value" has a meaning for Exponential and Uniform only; got {profile!r}. Leave it out.'
+        )
+    return weigh
+
+
+def check_elapsed(elapsed: Any) -> Any:
+    """`elapsed` as a float above 0; a tensor (known to the device only) passes as it is."""
+    if hasattr(elapsed, "dtype") and not isinstance(elapsed, float):
+        return elapsed
+    number = float(elapsed)
+    if not 0.0 < number < math.inf:
+        raise ValueError(
+            f"elapsed must be a finite number above 0: steps, samples or seconds since the last update; got {elapsed}"
+        )
+    return number
+
+
+class Recurrence:
+    """Time, weight and count of one running mean, and from them the coefficient of the next update.
+
+    The weight is the share of the profile's mass that has been seen: `1 - decay ** time` for an exponential by time.
+    It is kept in two floats, weight + residue, so that a million updates leave it right to the last bits.
+
+    Args:
+        profile: how the past is weighted.
+        weigh: "time": a value counts for the time it stands for, gain = 1 - keep; "value": every value counts once,
+            gain = 1 (pandas).
+        time: what had passed before the first update. More than 0 where an average begins late in a run.
+
+    All four numbers are floats. `on_device` turns them into 0-dim float64 tensors, for where only the device knows
+    whether a step was taken: the same arithmetic then runs there, and nothing waits for it.
+
+    >>> recurrence = Recurrence(Exponential(alpha=0.5), weigh="time")
+    >>> [round(recurrence.advance(), 4) for _ in range(3)], recurrence.weight
+    ([1.0, 0.6667, 0.5714], 0.875)
+    """
+
+    __slots__ = ("count", "profile", "residue", "time", "weigh", "weight")
+    NUMBERS = ("time", "weight", "residue", "count")
+
+    def __init__(self, profile: Profile, weigh: Weigh = "time", time: float = 0.0) -> None:
+        self.profile = profile
+        self.weigh = weigh
+        self.time: Scalar = float(time)
+        self.weight: Scalar = 0.0
+        self.residue: Scalar = 0.0
+        self.count: Scalar = 0.0
+
+    def terms(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
+        """`(1 - keep, gain)` of the update that ends at `time`, by the rule in force."""
+        lost, gain = self.profile.change(time, elapsed)
+        return lost, 1.0 if self.weigh == "value" and self.profile.debias else gain
+
+    def advance(self, elapsed: Scalar = 1.0) -> Scalar:
+        """Move on by `elapsed`, and give the coefficient c of `mean += c * (x - mean)`: 1 at the first value.
+
+        An `elapsed` of 0, which only a tensor may be, is a step that was not taken: nothing changes, and c is 0.
+        """
+        if not isinstance(elapsed, float):
+            self.on_device(elapsed)
+        taken = elapsed > 0.0
+        # A step not taken is computed all the same, from a harmless elapsed, and thrown away: 0 / 0 would be NaN.
+        elapsed = choose(taken, elapsed, 1.0)
+        time = self.time + elapsed
+        lost, gain = self.terms(time, elapsed)
+        if not self.profile.debias:
+            gain = choose(self.weight == 0.0, 1.0, gain)
+        change = (gain - lost * self.weight) - lost * self.residue
+        weight, residue = _add(self.weight, self.residue, change)
+        self._become(taken, (time, weight, residue, self.count + 1.0))
+        return choose(taken, gain / choose(weight == 0.0, 1.0, weight), 0.0)
+
+    def _become(self, taken: Any, numbers: tuple[Scalar, ...]) -> None:
+        for name, new in zip(self.NUMBERS, numbers, strict=True):
+            old = getattr(self, name)
+            if isinstance(old, float):
+                setattr(self, name, new)
+            else:
+                old.copy_(choose(taken, new, old))
+
+    def on_device(self, like: Any) -> None:
+        """Keep the numbers as float64 tensors from now on, beside the tensor `like`."""
+        for name in self.NUMBERS:
+            if isinstance(getattr(self, name), float):
+                setattr(self, name, like.double().new_full((), getattr(self, name)))
+
+    def numbers(self) -> dict[str, float]:
+        """The four as floats: all there is to save. Waits for the device, where they are on one."""
+        return {name: float(getattr(self, name)) for name in self.NUMBERS}
+
+    def load(self, numbers: dict[str, float]) -> None:
+        """Take over what `numbers` gave."""
+        for name in self.NUMBERS:
+            setattr(self, name, float(numbers[name]))
+
+    def copy(self) -> Recurrence:
+        """An equal recurrence that goes its own way from here on."""
+        twin = Recurrence(self.profile, self.weigh)
+        for name in self.NUMBERS:
+            setattr(twin, name, getattr(self, name) + 0.0)
+        return twin
+
+    def kept(self) -> float:
+        """K, the share of an earlier average that survives all that was seen here: what merging needs."""
+        if isinstance(self.profile, Uniform):
+            return 1.0
+        if isinstance(self.profile, Exponential) and self.profile.debias:
+            return math.exp(-self.profile.rate * self.time) if self.time else 1.0
+        raise ValueError(
+            f"cannot merge averages with {self.profile!r}: what the second one does to the first is known only for a "
+            f"debiased Exponential and for Uniform. Update one average with all values instead."
+        )
+
+    def merge(self, later: Recurrence) -> float:
+        """Take in an average of values that came later; the coefficient of its mean: `mean += c * (later - mean)`."""
+        if (later.profile, later.weigh) != (self.profile, self.weigh):
+            raise ValueError(
+                f"cannot merge averages of different kinds: {self.profile!r} by {self.weigh} and {later.profile!r} by "
+                f"{later.weigh}. Make both with the same profile."
+            )
+        kept = later.kept()
+        self.weight, self.residue = _add(kept * self.weight, kept * self.residue + later.residue, later.weight)
+        self.time += later.time
+        self.count += later.count
+        return later.weight / self.weight if self.weight else 0.0
+
+
+def _add(total: Scalar, residue: Scalar, change: Scalar) -> tuple[Scalar, Scalar]:
+    """`total + residue + change` as a rounded sum and what the rounding left out (Knuth's two-sum)."""
+    rounded = total + change
+    back = rounded - total
+    residue = residue + ((total - (rounded - back)) + (change - back))
+    summed = rounded + residue
+    return summed, residue - (summed - rounded)
+
+
+def toward(mean: float, x: float, coefficient: float) -> float:
+    """`mean + coefficient * (x - mean)`, right even where the difference is too large for a float."""
+    difference = x - mean
+    if math.isfinite(difference):
+        return mean + coefficient * difference
+    return (1.0 - coefficient) * mean + coefficient * x
+
+
+class Moments:
+    """Running mean and variance of plain floats, by the same recurrence.
+
+        mean'     = mean + c * (x - mean)                       c = gain / weight'
+        variance' = (1 - c) * (variance + c * (x - mean) ** 2)
+        D'        = keep ** 2 * D + 2 * keep * weight * gain    D = (sum of w) ** 2 - sum of w ** 2
+
+    The unbiased variance is `variance * weight ** 2 / D`; D is carried rather than subtracted, since after a long gap
+    nothing would be left of the difference.
+
+    >>> moments = Moments(Uniform())
+    >>> for x in (1.0, 2.0, 3.0, 4.0): moments.update(x)
+    >>> moments.mean, moments.variance(), moments.variance(unbiased=False)
+    (2.5, 1.6666666666666667, 1.25)
+    """
+
+    __slots__ = ("biased", "mean", "pairs", "recurrence")
+
+    def __init__(self, profile: Profile, weigh: Weigh | None = None) -> None:
+        self.recurrence = Recurrence(profile, weighing(profile, weigh))
+        self.mean = 0.0
+        self.biased = 0.0
+        self.pairs = 0.0
+
+    def update(self, x: float, elapsed: float = 1.0) -> None:
+        """Take in one finite value that comes `elapsed` after the last."""
+        recurrence = self.recurrence
+        before = recurrence.weight
+        coefficient = recurrence.advance(check_elapsed(elapsed))
+        kept = recurrence.weight * (1.0 - coefficient)  # keep * the weight before
+        gain = recurrence.weight * coefficient
+        keep = kept / before if before else 0.0
+        self.pairs = keep * keep * self.pairs + 2.0 * kept * gain
+        self.biased = (1.0 - coefficient) * (self.biased + coefficient * (x - self.mean) ** 2)
+        self.mean = toward(self.mean, x, coefficient)
+
+    def variance(self, unbiased: bool = True) -> float:
+        """The weighted variance; unbiased needs two values, and is NaN before."""
+        if not unbiased:
+            return self.biased if self.recurrence.weight else math.nan
+        return self.biased * self.recurrence.weight**2 / self.pairs if self.pairs > 0.0 else math.nan
