@@ -128,6 +128,12 @@ class Recurrence:
             setattr(twin, name, getattr(self, name) + 0.0)
         return twin
 
+    def begin_now(self) -> Recurrence:
+        """A recurrence that has seen nothing, at the time it is here: for an average that begins late in a run."""
+        late = self.copy()
+        late.weight, late.residue, late.count = late.weight * 0.0, late.residue * 0.0, late.count * 0.0
+        return late
+
     def kept(self) -> float:
         """K, the share of an earlier average that survives all that was seen here: what merging needs."""
         if isinstance(self.profile, Uniform):

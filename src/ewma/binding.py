@@ -1,0 +1,215 @@
+"""From a model's tensors to a prepared update: what is averaged, copied, left raw, and whether any of it has moved."""
+
+from __future__ import annotations
+
+import math
+import operator
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ewma import kernels
+from ewma.names import Named, named_tensors
+from ewma.profiles import Exponential
+from ewma.recurrence import Recurrence
+from ewma.tracks import Track
+
+Only: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool] | None
+
+ROUNDED_BELOW = 2.0**-12
+"""A float32 loses steps below 6e-8 of itself: under this coefficient an average is rounded stochastically."""
+
+WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Weights of these dtypes are averaged in float32."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do with which tensor; the arguments of ModelEMA."""
+
+    dtype: torch.dtype | Literal["auto"]
+    device: torch.device | None
+    buffers: Literal["copy", "average", "leave"]
+    only: Only
+    guard: bool
+    capturable: bool
+
+    def role(self, named: Named) -> Literal["averaged", "copied", "raw"]:
+        real = named.tensor.is_floating_point() or named.tensor.is_complex()
+        if named.is_parameter:
+            return "raw" if not self.selects(named) else "averaged" if real else "copied"
+        if not real or self.buffers == "copy" or not named.persistent:  # what is not saved is a constant or a cache
+            return "copied"
+        return "averaged" if self.buffers == "average" else "raw"
+
+    def selects(self, named: Named) -> bool:
+        if self.only is None:
+            return True
+        if callable(self.only):
+            return any(self.only(name, named.tensor) for name in named.names)
+        return any(fnmatchcase(name, pattern) for name in named.names for pattern in self.only)
+
+    def new_average(self, tensor: Tensor) -> Tensor:
+        """Room for the average of a tensor, holding its values; NaN where they are not finite, for "nothing yet"."""
+        average = torch.empty_like(
+            tensor, dtype=self.average_dtype(tensor), device=self.device or tensor.device, requires_grad=False
+        ).copy_(tensor)
+        return average.masked_fill_(~torch.isfinite(average), math.nan) if self.guard else average
+
+    def average_dtype(self, tensor: Tensor) -> torch.dtype:
+        if self.dtype == "auto" or tensor.is_complex():
+            return torch.float32 if tensor.dtype in WIDENED else tensor.dtype
+        return self.dtype
+
+
+class Binding:
+    """A model's tensors as last seen, and the prepared update of every average.
+
+    Made anew when `moved()` says that a tensor was added, removed, replaced or given other storage.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, tracks: Sequence[Track], copies: dict[str, Tensor]) -> None:
+        self.policy, self.tracks = policy, tracks
+        modules = list(model.modules())
+        self.tables: list[dict[str, Any]] = [
+            table for module in modules for table in (module._parameters, module._buffers, module._modules)
+        ]
+        self.members = [member for table in self.tables for member in table.values()]
+        self.roles: dict[str, list[Named]] = {"averaged": [], "copied": [], "raw": []}
+        for named in named_tensors(model):
+            if not is_lazy(named.tensor):
+                _check(named)
+                self.roles[policy.role(named)].append(named)
+        if not self.averaged:
+            known = ", ".join(named.name for named in self.raw[:5])
+            raise ValueError(f"only={policy.only!r} selects none of the model's parameters; some of them: {known}")
+        self.pointers = [named.tensor.data_ptr() for named in self.averaged + self.copied]
+        self._adopt()
+        self._copy_in(copies)
+        self.updates = list(self._updates())
+
+    @property
+    def averaged(self) -> list[Named]:
+        return self.roles["averaged"]
+
+    @property
+    def copied(self) -> list[Named]:
+        return self.roles["copied"]
+
+    @property
+    def raw(self) -> list[Named]:
+        return self.roles["raw"]
+
+    def moved(self) -> bool:
+        """Whether anything about the model's tensors has changed since: complete, and cheap enough for every step."""
+        members = [member for table in self.tables for member in table.values()]
+        return (
+            len(members) != len(self.members)
+            or not all(map(operator.is_, members, self.members))
+            or [named.tensor.data_ptr() for named in self.averaged + self.copied] != self.pointers
+        )
+
+    def run(self, elapsed: Any, at_most: float, seed: int) -> None:
+        """Update every average and copy.
+
+        Args:
+            elapsed: a float, or a tensor that only the device knows.
+            at_most: what elapsed is if every step was taken.
+            seed: of the random bits of stochastic rounding.
+        """
+        words = [kernels.word(seed, track.clock.count) for track in self.tracks]
+        clocks = {id(clock): clock for _, used, _ in self.updates for clock in used}
+        clocks.update((id(track.clock), track.clock) for track in self.tracks)
+        coefficients = {key: clock.advance(elapsed) for key, clock in clocks.items()}
+        for update, used, dtype in self.updates:
+            mine = [coefficients[id(clock)] for clock in used]
+            rounded = [_rounded(dtype, c, clock, at_most) for c, clock in zip(mine, used, strict=True)]
+            update(mine, [word if yes else None for word, yes in zip(words, rounded, strict=True)])
+        if self.copies_from:
+            torch._foreach_copy_(self.copies_to, self.copies_from)
+
+    def skipped(self) -> Any:
+        """How many non-finite elements were left out, as an int or a tensor."""
+        return sum((update.skipped for update, _, _ in self.updates), start=0)
+
+    def _adopt(self) -> None:
+        """Give every tensor that has none an average, and every average the place and the clock it needs."""
+        for track in self.tracks:
+            late = bool(track.averages)
+            for named in self.averaged:
+                average = track.averages.get(named.name)
+                if average is None:
+                    track.begin(named.name, self.policy.new_average(named.tensor), late)
+                elif average.shape != named.tensor.shape:
+                    raise ValueError(
+                        f"{named.name}: expected shape {list(average.shape)}, as it was averaged so far; the parameter "
+                        f"now has shape {list(named.tensor.shape)}. If that is meant, call ema.reset() to begin anew."
+                    )
+                else:
+                    track.averages[named.name] = average.to(self.policy.device or named.tensor.device)
+            track.stop({named.name for named in self.averaged})
+            if self.policy.capturable:
+                for clock in (track.clock, *track.clocks.values()):
+                    clock.on_device(next(iter(track.averages.values())).new_empty((), dtype=torch.float64))
+
+    def _copy_in(self, copies: dict[str, Tensor]) -> None:
+        for named in self.copied:
+            mine = copies.get(named.name)
+            device = self.policy.device or named.tensor.device
+            if mine is None or (mine.shape, mine.dtype, mine.device) != (
+                named.tensor.shape,
+                named.tensor.dtype,
+                device,
+            ):
+                copies[named.name] = named.tensor.detach().to(device, copy=True)
+        self.copies_to = [copies[named.name] for named in self.copied]
+        self.copies_from = [named.tensor.detach() for named in self.copied]
+
+    def _updates(self) -> Any:
+        """One prepared update for all tensors that share clocks, dtypes and devices."""
+        groups: dict[Any, list[Named]] = {}
+        for named in self.averaged:
+            average = self.tracks[0].averages[named.name]
+            clocks = tuple(id(track.clock_of(named.name)) for track in self.tracks)
+            kind = (named.tensor.dtype, named.tensor.device, average.dtype, average.device)
+            groups.setdefault((clocks, kind), []).append(named)
+        for group in groups.values():
+            averages = [[_real(track.averages[named.name]) for named in group] for track in self.tracks]
+            values = [_real(named.tensor.detach()) for named in group]
+            streams = [zlib.crc32(named.name.encode()) for named in group]
+            update = kernels.lerp(values, averages, streams, self.policy.guard)
+            yield update, [track.clock_of(group[0].name) for track in self.tracks], averages[0][0].dtype
+
+
+def _rounded(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: float) -> bool:
+    """Whether an average of this dtype would stall at this coefficient, were it rounded to nearest."""
+    if dtype != torch.float32:
+        return dtype == torch.bfloat16
+    if isinstance(coefficient, float):
+        return coefficient < ROUNDED_BELOW
+    # Only the device knows the coefficient: go by the smallest that it can come to.
+    profile = clock.profile
+    return not isinstance(profile, Exponential) or -math.expm1(-profile.rate * at_most) < ROUNDED_BELOW
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _check(named: Named) -> None:
+    tensor = named.tensor
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"{named.name} is still on the meta device and has no values to average. Give the model its weights "
+            f"(model.to_empty(device=...), then initialise or load) before the first update."
+        )
+    if hasattr(tensor, "to_local"):
+        raise NotImplementedError(f"{named.name} is a DTensor: sharded models are not supported yet")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{named.name}: expected a dense tensor; got layout {tensor.layout}. Leave it out with only=.")

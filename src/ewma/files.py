@@ -1,0 +1,93 @@
+"""Files and state dicts: written whole or not at all, read with an error that says what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT = 1
+"""The version of state dicts and files. Raise it when a reader of the old one would misread the new one."""
+
+
+def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and metadata as safetensors, atomically: `path` holds the old file or the whole new one.
+
+    Tensors may share memory (tied weights): each name gets its own copy, since other tools expect every name.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tied = tensor.numel() > 0 and tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        separate[name] = tensor.detach().clone().contiguous() if tied else tensor.detach().contiguous()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        # "format": "pt" is what transformers asks of a file before it loads one.
+        save_file(separate, temporary, {"format": "pt", "ewma": json.dumps({"format": FORMAT, **metadata})})
+        _to_disk(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and metadata of a file that `write` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("ewma", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{os.fspath(path)}: expected a safetensors file written by ModelEMA.save; it is truncated or of another "
+            f"format ({error}). A torch.save file is loaded with load_state_dict(torch.load(path))."
+        ) from error
+    if metadata is None:
+        raise ValueError(
+            f"{os.fspath(path)}: expected a file written by ModelEMA.save; this safetensors file holds plain weights, "
+            f"with no profile, time or count. Load it into the model: model.load_state_dict(load_file(path))."
+        )
+    check_format(os.fspath(path), metadata)
+    return tensors, metadata
+
+
+def check_format(what: str, state: Any, kind: str | None = None) -> None:
+    """Refuse a state that a newer version wrote, or that is of another class."""
+    if not isinstance(state, Mapping) or "format" not in state:
+        raise ValueError(
+            f"{what}: expected what {kind or 'ewma'}.state_dict() gives; got "
+            f"{sorted(state)[:5] if isinstance(state, Mapping) else type(state).__name__}"
+        )
+    if state["format"] > FORMAT:
+        raise ValueError(
+            f"{what}: it was written in format {state['format']}, and this version of ewma reads up to {FORMAT}. "
+            f"Upgrade with pip install --upgrade ewma."
+        )
+    if kind is not None and state.get("kind") != kind:
+        raise ValueError(f"{what}: expected the state of {kind}; got that of {state.get('kind')}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _to_disk(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

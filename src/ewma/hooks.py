@@ -1,0 +1,51 @@
+"""Call something after every optimizer step that was taken, in any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's and Lightning's wrappers, whose own hooks do not work."""
+    inner = optimizer
+    for _ in range(8):
+        wrapped = getattr(inner, "optimizer", None) or getattr(inner, "_optimizer", None)
+        if not isinstance(wrapped, Optimizer):
+            break
+        inner = wrapped
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer; got {type(optimizer).__name__}. If it wraps one, pass that one; if it "
+            f"is none, call ema.update() after each of its steps."
+        )
+    return inner
+
+
+def around_steps(
+    optimizers: tuple[Any, ...], before: Callable[[], None], after: Callable[[Any], None]
+) -> list[RemovableHandle]:
+    """Run `before()` ahead of every optimizer's step, and `after(taken)` behind the last optimizer's.
+
+    `taken` is True; or, where a GradScaler left the decision to a fused optimizer, a 0-dim bool tensor on the device.
+    (Without `fused=True` the scaler does not call `step` at all when it skips one.)
+    """
+    if not optimizers:
+        raise TypeError("attach needs the optimizer whose steps to follow; got none. Write ema.attach(optimizer).")
+    inner = [unwrap(optimizer) for optimizer in optimizers]
+
+    def pre_hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        before()
+
+    def post_hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        after(True if found_inf is None else found_inf.reshape(()) == 0)
+
+    # An optimizer step may be compiled; the hooks' bookkeeping is not part of anybody's graph.
+    handles = [each.register_step_pre_hook(torch.compiler.disable(pre_hook)) for each in inner]
+    handles.append(inner[-1].register_step_post_hook(torch.compiler.disable(post_hook)))
+    return handles

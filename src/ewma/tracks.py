@@ -1,0 +1,80 @@
+"""What one profile keeps of a model: the averages by name, and the clocks they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ewma.profiles import Profile
+from ewma.recurrence import Recurrence
+
+
+@dataclass
+class Track:
+    """One profile's averages.
+
+    Nearly all tensors go by the one `clock` that runs from the start. One that came late, or was absent for a while,
+    has its own in `clocks`.
+    """
+
+    profile: Profile
+    averages: dict[str, Tensor] = field(default_factory=dict)
+    clocks: dict[str, Recurrence] = field(default_factory=dict)
+    clock: Recurrence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock = Recurrence(self.profile, weigh="time")
+
+    def clock_of(self, name: str) -> Recurrence:
+        return self.clocks.get(name, self.clock)
+
+    def clear(self) -> None:
+        """Forget all that was averaged."""
+        self.averages.clear()
+        self.clocks.clear()
+        self.clock = Recurrence(self.profile, weigh="time")
+
+    def begin(self, name: str, average: Tensor, late: bool) -> None:
+        """Take up a tensor. A late one has seen nothing yet, at the time it is by now."""
+        self.averages[name] = average
+        if late:
+            self.clocks[name] = self.clock.begin_now()
+
+    def stop(self, present: set[str]) -> None:
+        """Stop the clocks of tensors that are not present; they go on from there, should the tensors come back."""
+        stopped: dict[int, Recurrence] = {}
+        for name in self.averages.keys() - present:
+            clock = self.clock_of(name)
+            if any(self.clock_of(other) is clock for other in present if other in self.averages):
+                self.clocks[name] = stopped.setdefault(id(clock), clock.copy())
+
+    def clock_state(self) -> dict[str, Any]:
+        """All clocks as numbers, the main one first, and which of the others each tensor goes by."""
+        others = list({id(clock): clock for clock in self.clocks.values()}.values())
+        index = {id(clock): number for number, clock in enumerate(others, start=1)}
+        return {
+            "profile": self.profile.to_json(),
+            "clocks": [clock.numbers() for clock in (self.clock, *others)],
+            "clock_of": {name: index[id(clock)] for name, clock in self.clocks.items()},
+        }
+
+    def load(self, averages: Mapping[str, Tensor], state: Mapping[str, Any], profile: Profile) -> None:
+        """Take over averages and clocks. Storage that is there is written into, so that who shares it sees it."""
+        self.profile = profile
+        clocks = []
+        for numbers in state["clocks"]:
+            clocks.append(Recurrence(profile, weigh="time"))
+            clocks[-1].load(numbers)
+        self.clock = clocks[0]
+        self.clocks = {name: clocks[number] for name, number in state["clock_of"].items()}
+        for name in self.averages.keys() - averages.keys():
+            del self.averages[name]
+        for name, saved in averages.items():
+            mine = self.averages.get(name)
+            if mine is not None and (mine.shape, mine.dtype) == (saved.shape, saved.dtype):
+                mine.copy_(saved)
+            else:
+                self.averages[name] = saved.detach().clone()

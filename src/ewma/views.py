@@ -1,0 +1,158 @@
+"""Reading averages and putting them to use: in the model for a while or for good, as a module, as a file."""
+
+from __future__ import annotations
+
+import copy
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ewma import files, swapping
+from ewma.names import Named, mismatch, named_tensors, unwrap
+from ewma.profiles import Profile
+
+if TYPE_CHECKING:
+    from ewma.tracks import Track
+    from ewma.weights import ModelEMA
+
+
+class Readable(ABC):
+    """What ModelEMA and each of its views can do with the averages of one profile."""
+
+    @abstractmethod
+    def _read(self) -> tuple[ModelEMA, Track]:
+        """The ModelEMA, and the profile's track in it."""
+
+    @property
+    def profile(self) -> Profile:
+        """How the past is weighted."""
+        return self._read()[1].profile
+
+    @property
+    def count(self) -> int:
+        """How many updates were made. (Waits for the device where only it knows: fused GradScaler, capturable.)"""
+        return int(self._read()[1].clock.count)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Canonical name and average of each averaged parameter, a tied one once; before the first update, the weights.
+
+        These are the averages themselves, which the next update changes: clone one to keep it as it is.
+        """
+        ema, track = self._read()
+        for named in ema.bind().averaged:
+            if named.is_parameter:
+                yield named.name, track.averages[named.name]
+
+    def swapped(self, stash: swapping.Stash = None) -> AbstractContextManager[None]:
+        """The averages are in the model for the duration of a `with`; then the raw weights are back, bit for bit.
+
+        The raw weights are kept aside meanwhile, in one copy: beside the weights, or with stash="cpu" in host memory.
+        The averages do not move. Exceptions and Ctrl-C restore; swaps nest, also those of several profiles. Updating
+        meanwhile is an error, before the optimizer steps. Before the first update the averages are the weights.
+
+        Under torch.no_grad or with autograd alike; buffers go by `buffers=`. For BatchNorm statistics of the averages
+        themselves call torch.optim.swa_utils.update_bn(loader, model) inside.
+        """
+        ema, _ = self._read()
+        return swapping.swapped(ema.model, self._pairs() if ema.updated else [], stash)
+
+    def copy_to(self, model: nn.Module | None = None) -> None:
+        """Write the averages into the model for good; or into another one with the same names and shapes.
+
+        In another model, what is not averaged (`only=`, buffers="leave") becomes what it is in the trained one.
+        """
+        ema, _ = self._read()
+        if model is None or unwrap(model) is unwrap(ema.model):
+            ema.refuse_if_swapped()
+            pairs = self._pairs()
+        else:
+            mine = {named.name: (named, source) for named, source in self._sources()}
+            theirs = {named.name: named for named in named_tensors(model)}
+            problem = mismatch(
+                f"copy_to({type(model).__name__}) does not fit",
+                {name: tuple(named.tensor.shape) for name, (named, _) in mine.items()},
+                {name: tuple(named.tensor.shape) for name, named in theirs.items()},
+                "Pass a model built like the trained one.",
+            )
+            if problem:
+                raise ValueError(problem)
+            pairs = [(named.tensor, mine[name][1]) for name, named in theirs.items()]
+        with torch.no_grad():
+            for live, source in pairs:
+                live.detach().copy_(source)
+
+    def module(self) -> nn.Module:
+        """A frozen evaluation module that holds the averages: a teacher, or what to export.
+
+        It shares the averages' storage wherever dtype and device are those of the model, so it moves with every update
+        and costs no memory. Elsewhere (float32 averages of a bfloat16 model, averages on another device) it is a copy
+        in the model's dtype, to be refreshed by `ema.copy_to(teacher)`. What is not averaged is shared with the model.
+        """
+        ema, _ = self._read()
+        memo: dict[int, Any] = {}
+        left = {id(named.tensor) for named in ema.bind().raw if not named.is_parameter}
+        for named, source in self._sources():
+            if id(named.tensor) not in left:
+                value = source.detach().to(named.tensor)
+                memo[id(named.tensor)] = nn.Parameter(value, requires_grad=False) if named.is_parameter else value
+        teacher = copy.deepcopy(unwrap(ema.model), memo)
+        return teacher.eval().requires_grad_(False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the averaged model as safetensors: its whole state dict under canonical names, tied ones under each.
+
+        Any tool can load it into the model: `model.load_state_dict(safetensors.torch.load_file(path))`. Profile, time
+        and count are in the metadata, and `load` resumes from it bit for bit. The file appears whole or not at all.
+        """
+        ema, track = self._read()
+        tensors = {name: source for named, source in self._sources() if named.persistent for name in named.names}
+        metadata = {
+            "kind": "ModelEMA",
+            "averaged": [named.name for named in ema.bind().averaged],
+            "seed": ema.seed,
+            "skipped": ema.skipped,
+            **ema.step_state(),
+            **track.clock_state(),
+        }
+        files.write(path, tensors, metadata)
+
+    def load(self, path: str | os.PathLike[str], profile: Any = None) -> None:
+        """Resume from a file that `save` wrote.
+
+        Args:
+            profile: what to do where the file's profile is another one than here: by default an error that names both;
+                "saved" takes the file's, "mine" keeps this one with the file's averages.
+        """
+        tensors, metadata = files.read(path)
+        ema, track = self._read()
+        ema.load_track(track, os.fspath(path), tensors, metadata, profile)
+
+    def _sources(self) -> Iterator[tuple[Named, Tensor]]:
+        """Each tensor of the model, and what the averaged model has in its place."""
+        ema, track = self._read()
+        binding = ema.bind()
+        yield from ((named, track.averages[named.name]) for named in binding.averaged)
+        yield from ((named, ema.copies[named.name]) for named in binding.copied)
+        yield from ((named, named.tensor.detach()) for named in binding.raw)
+
+    def _pairs(self) -> list[swapping.Pair]:
+        left = {named.name for named in self._read()[0].bind().raw}
+        return [(named.tensor, source) for named, source in self._sources() if named.name not in left]
+
+
+class View(Readable):
+    """One of several profiles' averages: what `ema[name]` gives."""
+
+    def __init__(self, ema: ModelEMA, name: str) -> None:
+        self._ema, self._name = ema, name
+
+    def _read(self) -> tuple[ModelEMA, Track]:
+        return self._ema, self._ema.tracks[self._name]
+
+    def __repr__(self) -> str:
+        return f"View({self._name!r}, {self.profile!r}, count={self.count})"

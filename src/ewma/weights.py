@@ -1,0 +1,368 @@
+"""Job 2: averaged weights of a model, updated after every optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
+
+from ewma import files, hooks, profiles, swapping
+from ewma.binding import Binding, Policy
+from ewma.names import Named, canonical, mismatch, named_tensors
+from ewma.profiles import Profile
+from ewma.recurrence import check_elapsed
+from ewma.tracks import Track
+from ewma.views import Readable, View
+
+WhichProfile: TypeAlias = Literal["saved", "mine"] | None
+
+
+class ModelEMA(Readable):
+    """Exponential moving average of a model's weights.
+
+        average' = average + c * (weight - average)        c = gain / weight of the profile, see `ewma.profiles`
+
+    Attach it to the optimizer and it updates itself after every step; put the averages into the model to evaluate:
+
+        ema = ewma.ModelEMA(model, half_life=2_000).attach(optimizer)
+        ...
+        with ema.swapped():
+            validate(model)
+
+    Args:
+        model: any nn.Module on one device; before or after `.to()`, `torch.compile` and DDP, or still on meta. Nothing
+            is read from it before the first update.
+        profile: a profile, or several by name: {"fast": Exponential(half_life=500), "wide": Power(sigma_rel=.1)}.
+            They share one pass over the weights; `ema["wide"]` is the view of one.
+        half_life, decay, alpha, span, com: instead of `profile`, exactly one (see `Exponential`), in `elapsed`'s unit.
+        debias: False starts at the first weights seen as if they had always been there.
+        dtype: of the averages. "auto" keeps float32 and float64 and averages 16-bit weights in float32;
+            torch.bfloat16 halves the memory and rounds stochastically: unbiased, with noise of one part in 250.
+        device: of the averages; by default where each parameter is.
+        buffers: what becomes of floating buffers such as BatchNorm statistics: "copy" the newest, "average" them, or
+            "leave" them out. Integers and bools are always copied.
+        only: which parameters to average: globs over canonical names ("blocks.*", or a list), or a predicate
+            (name, parameter) -> bool. What is left out stays raw in `swapped` and is saved raw.
+        nonfinite: "skip" leaves an average alone where the weight is NaN or infinite, and counts that in `skipped`;
+            "propagate" does not look, which saves a fifth of the time.
+        capturable: keep time, weight and count on the device, as a CUDA graph needs.
+        seed: of the random bits of stochastic rounding, which are a pure function of (seed, count, name, element).
+
+    A half-life of 2,000 steps: a step's weight halves every 2,000 updates, and about 7 % of the average is older than
+    7,700. Tied weights are averaged once, frozen ones too; a parameter that appears late starts then.
+
+    Source: Polyak and Juditsky 1992; with a debiased start as in Adam. Beside it: `torch.optim.swa_utils.AveragedModel`
+    keeps a second module and goes by position; here averages go by name, and the model stays one.
+
+    >>> model = nn.Linear(2, 1)
+    >>> ema = ModelEMA(model, half_life=10)
+    >>> ema.update()
+    >>> with ema.swapped():
+    ...     prediction = model(torch.zeros(1, 2))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        profile: Profile | Mapping[str, Profile] | None = None,
+        *,
+        half_life: float | None = None,
+        decay: float | None = None,
+        alpha: float | None = None,
+        span: float | None = None,
+        com: float | None = None,
+        debias: bool = True,
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        device: torch.device | str | None = None,
+        buffers: Literal["copy", "average", "leave"] = "copy",
+        only: str | Sequence[str] | Callable[[str, Tensor], bool] | None = None,
+        nonfinite: Literal["skip", "propagate"] = "skip",
+        capturable: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"ModelEMA averages an nn.Module; got {type(model).__name__}. For a tensor or a dict of tensors use "
+                f"ewma.EMA."
+            )
+        if next(model.parameters(), None) is None:
+            raise ValueError(f"{type(model).__name__} has no parameters to average; build its layers first")
+        if dtype not in ("auto", torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(
+                f'dtype must be "auto", torch.float32, torch.float64 or torch.bfloat16; got {dtype}. float16 averages '
+                f"would lose every weight below 6e-8: use torch.bfloat16 for half the memory."
+            )
+        _one_of("buffers", buffers, ("copy", "average", "leave"))
+        _one_of("nonfinite", nonfinite, ("skip", "propagate"))
+        knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
+        several = profile if isinstance(profile, Mapping) and profile else {"average": profile}
+        self.tracks = {
+            name: Track(profiles.resolve("ModelEMA(model, ", each, debias, **knobs)) for name, each in several.items()
+        }
+        self.model = model
+        self.policy = Policy(
+            dtype=dtype,
+            device=None if device is None else torch.device(device),
+            buffers=buffers,
+            only=[only] if isinstance(only, str) else only,
+            guard=nonfinite == "skip",
+            capturable=capturable,
+        )
+        self.seed = seed
+        self.copies: dict[str, Tensor] = {}
+        self.updated = False
+        self._binding: Binding | None = None
+        self._skipped: Any = 0
+        self._handles: list[RemovableHandle] = []
+        self._steps = 0
+        self._waiting: Any = 0.0
+        self._waiting_at_most = 0.0
+
+    def __getitem__(self, name: str) -> View:
+        """The averages of one of several profiles, by its name."""
+        if name not in self.tracks:
+            raise KeyError(f"no profile is called {name!r}; there are {', '.join(map(repr, self.tracks))}")
+        return View(self, name)
+
+    def __repr__(self) -> str:
+        told = [repr(track.profile) for track in self.tracks.values()]
+        return f"ModelEMA({type(self.model).__name__}, {', '.join(told)}, count={self.count})"
+
+    @property
+    def skipped(self) -> int:
+        """How many elements were left out of an update so far, being NaN or infinite. Waits for the device."""
+        return int(self._skipped + (self._binding.skipped() if self._binding else 0))
+
+    def update(self, elapsed: float = 1.0) -> None:
+        """Take in the weights as they are now.
+
+        Args:
+            elapsed: what has passed since the last update, in the half-life's unit: 1 step; k, when updating every
+                k-th step; the batch's samples; seconds.
+
+        Nothing waits for the device and nothing of the model's size is allocated, save at the first update.
+        """
+        self._update(check_elapsed(elapsed), float(elapsed))
+
+    def attach(self, *optimizers: Any, every: int = 1, elapsed: float | Callable[[], float] = 1.0) -> Self:
+        """Update after each optimizer step from now on; with several optimizers, after the last one's. Returns self.
+
+        Args:
+            optimizers: torch optimizers, or accelerate's or Lightning's wrappers of them.
+            every: update at every k-th step only, with k steps' worth of elapsed: the horizon stays the same.
+            elapsed: what one step counts for: 1, the batch size to count in samples, or a function that tells.
+
+        Gradient accumulation needs nothing; a step that GradScaler skips, fused or not, does not count.
+        """
+        if self._handles:
+            raise RuntimeError("this ModelEMA is attached already; call ema.detach() before attaching it elsewhere")
+        if every < 1 or int(every) != every:
+            raise ValueError(f"every must be a whole number of steps, 1 or more; got {every}")
+
+        def after_step(taken: Any) -> None:
+            amount = check_elapsed(elapsed() if callable(elapsed) else elapsed)
+            self._waiting = self._waiting + (amount if taken is True else taken.double() * amount)
+            self._waiting_at_most += amount
+            self._steps += 1
+            if self._steps == every:
+                waiting, at_most = self._waiting, self._waiting_at_most
+                self._start_waiting()
+                self._update(waiting, at_most)
+
+        if not callable(elapsed):
+            check_elapsed(elapsed)
+        self._handles = hooks.around_steps(optimizers, self.refuse_if_swapped, after_step)
+        return self
+
+    def detach(self) -> None:
+        """Stop following the optimizer. The averages stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def reset(self) -> None:
+        """Forget everything: the next update is the first."""
+        self.refuse_if_swapped()
+        for track in self.tracks.values():
+            track.clear()
+        self.copies.clear()
+        self.updated, self._binding, self._skipped = False, None, 0
+        self._start_waiting()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming bit for bit needs: tensors, numbers and strings only, all profiles in one.
+
+        The tensors are the averages themselves, as in torch's own state dicts. Written while the averages are swapped
+        in, it also holds the raw weights, and `load_state_dict` puts those back into the model.
+        """
+        present = {named.name: named.names for named in self.bind().averaged} if self.updated else {}
+        state = {
+            "format": files.FORMAT,
+            "kind": "ModelEMA",
+            "seed": self.seed,
+            "skipped": self.skipped,
+            **self.step_state(),
+            "tracks": {name: track.clock_state() for name, track in self.tracks.items()},
+            "averages": {
+                name: {alias: average for own, average in track.averages.items() for alias in present.get(own, (own,))}
+                for name, track in self.tracks.items()
+                if self.updated
+            },
+            "absent": sorted(self._read()[1].averages.keys() - present.keys()) if self.updated else [],
+            "copies": dict(self.copies) if self.updated else {},
+        }
+        raw = swapping.raw_weights(self.model)
+        if raw:
+            state["raw"] = {n.name: raw[id(n.tensor)] for n in named_tensors(self.model) if id(n.tensor) in raw}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], profile: WhichProfile = None) -> None:
+        """Resume from what `state_dict` gave; nothing changes unless all of it fits.
+
+        Args:
+            state: also as `torch.load(path, weights_only=True)` reads it, also of a model that was compiled or in DDP.
+            profile: what to do where the saved profile is another one than here: by default an error that names both;
+                "saved" takes the saved one, "mine" keeps this one with the saved averages.
+        """
+        self.refuse_if_swapped()
+        what = "ModelEMA.load_state_dict"
+        files.check_format(what, state, "ModelEMA")
+        if state["tracks"].keys() != self.tracks.keys():
+            raise ValueError(
+                f"{what}: expected the profiles {sorted(self.tracks)}, as this ModelEMA was made with; the state has "
+                f"{sorted(state['tracks'])}"
+            )
+        chosen, averages = {}, {}
+        for name, track in self.tracks.items():
+            chosen[name] = _choose_profile(what, track.profile, state["tracks"][name]["profile"], profile)
+            if state["averages"]:
+                averages[name] = self._fit(what, state["averages"][name], state["absent"])
+        live = {named.name: named.tensor for named in named_tensors(self.model)}
+        raw = {canonical(name, live): tensor for name, tensor in state.get("raw", {}).items()}
+        if problem := mismatch(
+            f"{what}, raw weights", _shapes({n: live[n] for n in raw if n in live}), _shapes(raw), ""
+        ):
+            raise ValueError(problem)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, track in self.tracks.items():
+                track.load(averages.get(name, {}), state["tracks"][name], chosen[name])
+            self.copies = {canonical(name, live): copy.clone() for name, copy in state["copies"].items()}
+            for name, tensor in raw.items():
+                live[name].detach().copy_(tensor)
+        self._resumed(state)
+
+    def load_track(
+        self, track: Track, what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], profile: WhichProfile
+    ) -> None:
+        """Resume one profile from a file's tensors and metadata; `View.load` reads them."""
+        self.refuse_if_swapped()
+        files.check_format(what, metadata, "ModelEMA")
+        chosen = _choose_profile(what, track.profile, metadata["profile"], profile)
+        averages = self._fit(what, {each: tensors[each] for each in metadata["averaged"] if each in tensors}, [])
+        with torch.inference_mode(False), torch.no_grad():
+            track.load(averages, metadata, chosen)
+        self._resumed(metadata)
+
+    def step_state(self) -> dict[str, Any]:
+        """What `attach(every=k)` has gathered since the last update."""
+        return {"steps": self._steps, "waiting": float(self._waiting), "waiting_at_most": self._waiting_at_most}
+
+    def bind(self) -> Binding:
+        """The model's tensors as they are now, each with its average; before the first update a copy of the weights."""
+        with torch.inference_mode(False), torch.no_grad():
+            binding = self._rebind_if_moved()
+            if not self.updated and swapping.raw_weights(self.model) is None:
+                for named in binding.averaged:
+                    for track in self.tracks.values():
+                        track.averages[named.name].copy_(named.tensor)
+                for named in binding.copied:
+                    self.copies[named.name].copy_(named.tensor)
+        return binding
+
+    def refuse_if_swapped(self) -> None:
+        if swapping.raw_weights(self.model) is not None:
+            raise RuntimeError(
+                "the averages are in the model (inside swapped()), so there are no raw weights to train, average or "
+                "overwrite now. Leave the with block first; only evaluate inside it."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle is not attached to anything: optimizers drop their hooks likewise."""
+        self._skipped = self.skipped
+        return {**self.__dict__, "_binding": None, "_handles": []}
+
+    def _read(self) -> tuple[ModelEMA, Track]:
+        return self, next(iter(self.tracks.values()))
+
+    def _start_waiting(self) -> None:
+        self._steps, self._waiting, self._waiting_at_most = 0, 0.0, 0.0
+
+    def _update(self, elapsed: Any, at_most: float) -> None:
+        self.refuse_if_swapped()
+        # Averages made or written in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._rebind_if_moved().run(elapsed, at_most, self.seed)
+        self.updated = True
+
+    def _rebind_if_moved(self) -> Binding:
+        if self._binding is None or self._binding.moved():
+            if self._binding is not None:
+                self._skipped = self._skipped + self._binding.skipped()
+            self._binding = None
+            self._binding = Binding(self.model, self.policy, list(self.tracks.values()), self.copies)
+        return self._binding
+
+    def _fit(self, what: str, saved: Mapping[str, Tensor], absent: Sequence[str]) -> dict[str, Tensor]:
+        """The saved averages by the model's names, at least as precise as asked for; an error where they do not fit."""
+        averaged = [named for named in named_tensors(self.model) if self.policy.role(named) == "averaged"]
+        own = {alias: named for named in averaged for alias in named.names}
+        known = {canonical(name, own.keys()): tensor for name, tensor in saved.items()}
+        aliases = {alias for named in averaged for alias in named.names[1:]}
+        problem = mismatch(
+            f"{what}: the saved averages are not of this model",
+            {n.name: tuple(n.tensor.shape) for n in averaged if not is_lazy(n.tensor)},
+            {name: shape for name, shape in _shapes(known).items() if name not in aliases and name not in absent},
+            "Nothing was loaded. Build the model as it was when they were saved, with the same only= and buffers=.",
+        )
+        if problem:
+            raise ValueError(problem)
+        return {
+            name: tensor.to(torch.promote_types(tensor.dtype, self._dtype(own.get(name), tensor)))
+            for name, tensor in known.items()
+            if name not in aliases
+        }
+
+    def _dtype(self, named: Named | None, saved: Tensor) -> torch.dtype:
+        return saved.dtype if named is None else self.policy.average_dtype(named.tensor)
+
+    def _resumed(self, state: Mapping[str, Any]) -> None:
+        self.seed = state["seed"]
+        self._skipped = state["skipped"]
+        self._steps, self._waiting = state["steps"], state["waiting"]
+        self._waiting_at_most = state["waiting_at_most"]
+        self._binding = None
+        self.updated = self.count > 0
+
+
+def _choose_profile(what: str, mine: Profile, saved_json: str, which: WhichProfile) -> Profile:
+    _one_of("profile", which, (None, "saved", "mine"))
+    saved = profiles.from_json(saved_json)
+    if saved != mine and which is None:
+        raise ValueError(
+            f"{what}: saved with {saved!r}, but this ModelEMA has {mine!r}. Nothing was loaded. Pass "
+            f'profile="saved" to go on with the saved one, or profile="mine" to keep this one.'
+        )
+    return saved if which == "saved" else mine
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
