@@ -8,9 +8,10 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 """The version of state dicts and files. Raise it when a reader of the old one would misread the new one."""
