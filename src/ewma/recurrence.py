@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal
 
 from ewma.profiles import Exponential, Profile, Scalar, Uniform, choose
@@ -33,7 +34,7 @@ def weighing(profile: Profile, weigh: Weigh | None) -> Weigh:
 
 def check_elapsed(elapsed: Any) -> Any:
     """`elapsed` as a float above 0; a tensor (known to the device only) passes as it is."""
-    if hasattr(elapsed, "dtype") and not isinstance(elapsed, float):
+    if hasattr(elapsed, "dtype") and not isinstance(elapsed, Real):
         return elapsed
     number = float(elapsed)
     if not 0.0 < number < math.inf:
@@ -74,29 +75,34 @@ class Recurrence:
         self.residue: Scalar = 0.0
         self.count: Scalar = 0.0
 
-    def terms(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
-        """`(1 - keep, gain)` of the update that ends at `time`, by the rule in force."""
-        lost, gain = self.profile.change(time, elapsed)
-        return lost, 1.0 if self.weigh == "value" and self.profile.debias else gain
+    def terms(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """`(keep, 1 - keep, gain)` of the update that ends at `time`, by the rule in force."""
+        keep, lost, gain = self.profile.change(time, elapsed)
+        return keep, lost, 1.0 if self.weigh == "value" and self.profile.debias else gain
 
     def advance(self, elapsed: Scalar = 1.0) -> Scalar:
         """Move on by `elapsed`, and give the coefficient c of `mean += c * (x - mean)`: 1 at the first value.
 
         An `elapsed` of 0, which only a tensor may be, is a step that was not taken: nothing changes, and c is 0.
         """
-        if not isinstance(elapsed, float):
+        if isinstance(elapsed, int):
+            elapsed = float(elapsed)
+        elif not isinstance(elapsed, float):
             self.on_device(elapsed)
         taken = elapsed > 0.0
         # A step not taken is computed all the same, from a harmless elapsed, and thrown away: 0 / 0 would be NaN.
         elapsed = choose(taken, elapsed, 1.0)
         time = self.time + elapsed
-        lost, gain = self.terms(time, elapsed)
+        keep, lost, gain = self.terms(time, elapsed)
         if not self.profile.debias:
             gain = choose(self.weight == 0.0, 1.0, gain)
-        change = (gain - lost * self.weight) - lost * self.residue
-        weight, residue = _add(self.weight, self.residue, change)
+        weight, residue = _add(self.weight, self.residue, (gain - lost * self.weight) - lost * self.residue)
+        # Where most is lost, what is left is too small a difference of what was: see `carry`, which this extends.
+        weight = choose(lost > 0.5, keep * self.weight + gain, weight)
+        residue = choose(lost > 0.5, 0.0 * weight, residue)
         self._become(taken, (time, weight, residue, self.count + 1.0))
-        return choose(taken, gain / choose(weight == 0.0, 1.0, weight), 0.0)
+        coefficient = choose(weight == 0.0, 1.0, gain / choose(weight == 0.0, 1.0, weight))
+        return choose(taken, coefficient, 0.0)
 
     def _become(self, taken: Any, numbers: tuple[Scalar, ...]) -> None:
         for name, new in zip(self.NUMBERS, numbers, strict=True):
@@ -139,6 +145,8 @@ class Recurrence:
         if isinstance(self.profile, Uniform):
             return 1.0
         if isinstance(self.profile, Exponential) and self.profile.debias:
+            if self.weigh == "time":
+                return float((1.0 - self.weight) - self.residue)
             return math.exp(-self.profile.rate * self.time) if self.time else 1.0
         raise ValueError(
             f"cannot merge averages with {self.profile!r}: what the second one does to the first is known only for a "
@@ -203,13 +211,16 @@ class Moments:
     def update(self, x: float, elapsed: float = 1.0) -> None:
         """Take in one finite value that comes `elapsed` after the last."""
         recurrence = self.recurrence
-        before = recurrence.weight
-        coefficient = recurrence.advance(check_elapsed(elapsed))
-        kept = recurrence.weight * (1.0 - coefficient)  # keep * the weight before
-        gain = recurrence.weight * coefficient
-        keep = kept / before if before else 0.0
+        elapsed = check_elapsed(elapsed)
+        keep, _, gain = recurrence.terms(recurrence.time + elapsed, elapsed)
+        kept = keep * recurrence.weight
+        coefficient = recurrence.advance(elapsed)
         self.pairs = keep * keep * self.pairs + 2.0 * kept * gain
-        self.biased = (1.0 - coefficient) * (self.biased + coefficient * (x - self.mean) ** 2)
+        if kept:
+            difference = x - self.mean
+            self.biased = kept / recurrence.weight * (self.biased + coefficient * (difference * difference))
+        else:
+            self.biased = 0.0
         self.mean = toward(self.mean, x, coefficient)
 
     def variance(self, unbiased: bool = True) -> float:

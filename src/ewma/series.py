@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, TypeAlias
 
 from ewma import files, profiles
-from ewma.profiles import Exponential, Profile
+from ewma.profiles import Exponential, Profile, carry
 from ewma.recurrence import Recurrence, Weigh, check_elapsed, toward, weighing
 
 Array: TypeAlias = Any  # a NumPy array or a torch tensor
@@ -267,13 +267,13 @@ class _Array:
             self.begin(x)
         recurrence, where = self.recurrence, self.module.where
         recurrence.time += elapsed
-        lost, gain = recurrence.terms(recurrence.time, elapsed)
+        keep, lost, gain = recurrence.terms(recurrence.time, elapsed)
         x = self.wide(x)
         finite = self.module.isfinite(x)
         counted = self.wide(finite)  # 1 or 0: a bool times a float would be a float32
         if not recurrence.profile.debias:
             gain = gain + self.wide(self.weight == 0) * (1.0 - gain)
-        self.weight = self.weight + counted * (gain - lost * self.weight)
+        self.weight = where(finite, carry(self.weight, keep, lost, gain), self.weight)
         self.seen = self.seen + counted * elapsed
         self.mean = self._toward(where(finite, x, self.mean), counted * gain / self._nonzero_weight())
         self.skipped = self.skipped + (~finite).sum()

@@ -16,7 +16,7 @@ import json
 from numbers import Real
 from typing import Any
 
-from ewma.profiles.base import Profile, Scalar, choose, scaled
+from ewma.profiles.base import Profile, Scalar, carry, check_profile, choose, scaled
 from ewma.profiles.exponential import KNOBS, Exponential, bare_number
 from ewma.profiles.growing import Power, Uniform
 from ewma.profiles.phases import after, from_lr_decay
@@ -32,6 +32,7 @@ __all__ = [
     "Uniform",
     "after",
     "bare_number",
+    "carry",
     "choose",
     "cosine",
     "fraction",
@@ -69,18 +70,18 @@ PROFILES: dict[str, type[Profile]] = {
 def from_json(text: str) -> Profile:
     """The profile that `to_json` wrote.
 
-    >>> from_json('{"profile": "Power", "sigma_rel": 0.1}')
+    >>> from_json('{"kind": "Power", "sigma_rel": 0.1}')
     Power(sigma_rel=0.1)
     """
     try:
         return _from_parts(json.loads(text))
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"expected a profile as Profile.to_json writes it; got {text!r}") from error
 
 
 def _from_parts(parts: dict[str, Any]) -> Profile:
     arguments = {name: _from_parts(part) if isinstance(part, dict) else part for name, part in parts.items()}
-    kind = arguments.pop("profile", None)
+    kind = arguments.pop("kind", None)
     if kind not in PROFILES:
         raise ValueError(f"no profile is called {kind!r}; there are {', '.join(PROFILES)}")
     return PROFILES[kind](**arguments)
@@ -96,9 +97,8 @@ def resolve(call: str, profile: Any, debias: bool = True, **knobs: float | None)
         return Exponential(**knobs, debias=debias)
     if isinstance(profile, Real):
         raise TypeError(bare_number(call, profile))
-    if not isinstance(profile, Profile):
-        raise TypeError(f"profile must be a profile, such as Power(sigma_rel=0.1); got {profile!r}")
+    check_profile(profile)
     given = [name for name, value in knobs.items() if value is not None]
     if given:
         raise TypeError(f"got {profile!r} and {given[0]}=: keep one of them, for example {call}{profile!r})")
-    return profile
+    return check_profile(profile)

@@ -56,6 +56,17 @@ def above_zero(x: float) -> bool:
     return 0.0 < x < math.inf
 
 
+def carry(weight: Scalar, keep: Scalar, lost: Scalar, gain: Scalar) -> Scalar:
+    """`keep * weight + gain`, in the form that loses nothing: near keep = 1 it is `lost` that is exact."""
+    return choose(lost > 0.5, keep * weight + gain, weight + (gain - lost * weight))
+
+
+def check_profile(profile: Any) -> Profile:
+    if not isinstance(profile, Profile):
+        raise TypeError(f"profile must be a profile, such as Power(sigma_rel=0.1); got {profile!r}")
+    return profile
+
+
 class Profile:
     """What every profile offers. Profiles are immutable, compare and hash by value, and print as the call that makes
     them.
@@ -70,10 +81,11 @@ class Profile:
         """`-log(keep)` of the update that ends at `time`: 0 keeps all of the past, infinity none of it."""
         raise NotImplementedError
 
-    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
-        """`(1 - keep, gain)`, both to full precision however close to 1 `keep` comes."""
-        lost = -call("expm1", -self.forgetting(time, elapsed))
-        return lost, lost
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        """`(keep, lost, gain)` with `lost = 1 - keep`: both to full precision, whichever of them is the small one."""
+        forgetting = self.forgetting(time, elapsed)
+        lost = -call("expm1", -forgetting)
+        return call("exp", -forgetting), lost, lost
 
     def step(self, time: float, elapsed: float = 1.0) -> tuple[float, float]:
         """`(keep, gain)` of the update that ends at `time`, `elapsed` after the one before.
@@ -90,8 +102,8 @@ class Profile:
                 f"step needs 0 < elapsed <= time, `time` counting this update too; got time={time}, elapsed={elapsed}. "
                 f"The first update is step(time=1, elapsed=1)."
             )
-        time, elapsed = float(time), float(elapsed)
-        return math.exp(-self.forgetting(time, elapsed)), self.change(time, elapsed)[1]
+        keep, _, gain = self.change(float(time), float(elapsed))
+        return keep, gain
 
     def weights(self, n: int) -> list[float]:
         """The weight that each of n unit steps has in the average after the last of them, oldest first; they sum to 1.
@@ -101,10 +113,10 @@ class Profile:
         """
         weight, coefficients = 0.0, []
         for step in range(1, n + 1):
-            lost, gain = self.change(float(step), 1.0)
+            keep, lost, gain = self.change(float(step), 1.0)
             if step == 1 and not self.debias:
                 gain = 1.0
-            weight += gain - lost * weight
+            weight = carry(weight, keep, lost, gain)
             coefficients.append(gain / weight if weight else 1.0)
         left, newest_first = 1.0, []
         for coefficient in reversed(coefficients):
@@ -129,7 +141,7 @@ class Profile:
     def _parts(self) -> dict[str, Any]:
         parts = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # all are dataclasses
         parts = {name: value._parts() if isinstance(value, Profile) else value for name, value in parts.items()}
-        return {"profile": type(self).__name__, **parts}
+        return {"kind": type(self).__name__, **parts}
 
     def __getattr__(self, name: str) -> Any:
         if name in LANDMARKS:
@@ -149,10 +161,10 @@ class scaled(Profile):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", in_range("k", self.k, "a finite number above 0", above_zero))
-        object.__setattr__(self, "debias", self.profile.debias)
+        object.__setattr__(self, "debias", check_profile(self.profile).debias)
 
     def forgetting(self, time: Scalar, elapsed: Scalar) -> Scalar:
         return self.profile.forgetting(self.k * time, self.k * elapsed)
 
-    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         return self.profile.change(self.k * time, self.k * elapsed)

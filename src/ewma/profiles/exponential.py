@@ -60,6 +60,7 @@ class Exponential(Profile):
         given = zip(KNOBS, (half_life, decay, alpha, span, com), strict=True)
         knob, value = _exactly_one({name: value for name, value in given if value is not None})
         rate, alpha = _rate_and_alpha(knob, value)
+        value = float(value)
         for name, part in zip(
             ("rate", "alpha", "debias", "knob", "value"), (rate, alpha, bool(debias), knob, value), strict=True
         ):
@@ -71,6 +72,8 @@ class Exponential(Profile):
     @property
     def decay(self) -> float:
         """Weight kept on the old average per step. Rounds to 1 beyond a half-life of 1e16: `alpha` does not."""
+        if self.knob == "decay":
+            return self.value
         return 1.0 - self.alpha if self.alpha < 0.5 else math.exp(-self.rate)
 
     @property
@@ -96,7 +99,7 @@ class Exponential(Profile):
         return Exponential(half_life=half_life / k, debias=self.debias) if half_life else self
 
     def _parts(self) -> dict[str, Any]:
-        return {"profile": "Exponential", self.knob: self.value, "debias": self.debias}
+        return {"kind": "Exponential", self.knob: self.value, "debias": self.debias}
 
     def __repr__(self) -> str:
         return f"Exponential({self.knob}={plain(self.value)}{'' if self.debias else ', debias=False'})"
@@ -120,14 +123,14 @@ def _exactly_one(given: dict[str, float]) -> tuple[str, float]:
 def _rate_and_alpha(knob: str, value: float) -> tuple[float, float]:
     """`rate = -log(decay)` and `alpha = 1 - decay`, each straight from what was given, never from the other rounded."""
     if knob == "half_life":
-        hint = "It is in steps (or whatever `elapsed` counts); a number just below 1 may have been meant as decay="
-        half_life = in_range(knob, value, "a finite number above 0", above_zero, hint + f"{value}.")
+        hint = "It is in steps, or whatever `elapsed` counts; half_life=2000 halves a weight every 2,000 steps."
+        half_life = in_range(knob, value, "a finite number above 0", above_zero, hint)
         rate = LN2 / half_life
         return rate, -math.expm1(-rate)
     if knob == "decay":
         hint = "decay=1 never moves; a number above 1 may have been meant as half_life=, in steps."
         decay = in_range(knob, value, "in [0, 1)", lambda d: 0.0 <= d < 1.0, hint)
-        return -log1p(decay - 1.0), 1.0 - decay
+        return (-log1p(decay - 1.0) if decay >= 0.5 or not decay else -math.log(decay)), 1.0 - decay
     if knob == "alpha":
         hint = "It is the weight of the newest value; a number above 1 may have been meant as span= or half_life=."
         alpha = in_range(knob, value, "in (0, 1]", lambda a: 0.0 < a <= 1.0, hint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ewma.profiles.base import Profile, Scalar, in_range, log1p, plain
+from ewma.profiles.base import Profile, Scalar, above_zero, in_range, log1p, plain
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -34,7 +34,7 @@ class Power(Profile):
             value = positional[0] if positional else 0.1
             raise TypeError(f"expected the width by name; write Power(sigma_rel={value})")
         hint = "It is the width as a share of the run; for an exponential's half-life write Exponential(half_life=...)."
-        width = in_range("sigma_rel", sigma_rel, "in (0, 0.3003]", lambda s: 0.0 < s <= 0.3003, hint)
+        width = in_range("sigma_rel", sigma_rel, "in (0, 0.3003]", lambda s: 1e-100 < s <= 0.3003, hint)
         object.__setattr__(self, "sigma_rel", width)
         object.__setattr__(self, "gamma", _gamma(width))
 
@@ -42,6 +42,7 @@ class Power(Profile):
         return -(self.gamma + 1.0) * log1p(-(elapsed / time))
 
     def scaled(self, k: float) -> Power:
+        in_range("k", k, "a finite number above 0", above_zero)
         return self
 
     def __repr__(self) -> str:
@@ -75,8 +76,9 @@ class Uniform(Profile):
     def forgetting(self, time: Scalar, elapsed: Scalar) -> Scalar:
         return 0.0 * elapsed
 
-    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
-        return 0.0 * elapsed, elapsed
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        return 1.0, 0.0 * elapsed, elapsed
 
     def scaled(self, k: float) -> Uniform:
+        in_range("k", k, "a finite number above 0", above_zero)
         return self

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ewma.profiles.base import Profile, Scalar, above_zero, call, choose, in_range
+from ewma.profiles.base import Profile, Scalar, above_zero, call, check_profile, choose, in_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,7 @@ class after(Profile):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", in_range("start", self.start, "at least 0", lambda s: 0.0 <= s < math.inf))
-        if not isinstance(self.profile, Profile):
-            raise TypeError(f"profile must be a profile, such as Uniform(); got {self.profile!r}")
+        check_profile(self.profile)
 
     def _within(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
         """The inner profile's time and elapsed; of an update that ends before `start`, as if it were its first."""
@@ -35,12 +34,12 @@ class after(Profile):
         inner = self.profile.forgetting(*self._within(time, elapsed))
         return inner if begun_before is True else choose(begun_before, inner, math.inf)
 
-    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         begun_before = time - elapsed > self.start
-        lost, gain = self.profile.change(*self._within(time, elapsed))
+        keep, lost, gain = self.profile.change(*self._within(time, elapsed))
         fresh = gain if self.profile.debias else 1.0
         gain = choose(begun_before, gain, choose(time > self.start, fresh, 1.0))
-        return choose(begun_before, lost, 1.0), gain
+        return choose(begun_before, keep, 0.0), choose(begun_before, lost, 1.0), gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,5 +77,5 @@ class from_lr_decay(Profile):
     def forgetting(self, time: Scalar, elapsed: Scalar) -> Scalar:
         return 0.0 * elapsed
 
-    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar]:
-        return 0.0 * elapsed, self.multiplier(time - elapsed) - self.multiplier(time)
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        return 1.0, 0.0 * elapsed, self.multiplier(time - elapsed) - self.multiplier(time)

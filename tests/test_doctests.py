@@ -1,0 +1,26 @@
+"""Every example in a docstring runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import ewma
+
+MODULES = [module.name for module in pkgutil.walk_packages(ewma.__path__, "ewma.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    names = {public: getattr(ewma, public) for public in ewma.__all__} | vars(module)
+    result = doctest.testmod(module, globs=names, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_there_are_some() -> None:
+    found = doctest.DocTestFinder().find(importlib.import_module("ewma.weights"))
+    assert sum(len(each.examples) for each in found) > 2
