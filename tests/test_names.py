@@ -103,3 +103,12 @@ def test_a_long_list_of_names_is_cut() -> None:
     text = mismatch("x", {str(n): () for n in range(20)}, {}, "")
     assert text is not None
     assert "and 12 more" in text
+
+
+def test_ddp_leaves_no_trace(small: Small, tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        expected = names(small)
+        assert names(nn.parallel.DistributedDataParallel(small)) == expected
+    finally:
+        torch.distributed.destroy_process_group()
