@@ -60,7 +60,9 @@ class Policy:
         average = torch.empty_like(
             tensor, dtype=self.average_dtype(tensor), device=self.device or tensor.device, requires_grad=False
         ).copy_(tensor)
-        return average.masked_fill_(~torch.isfinite(average), math.nan) if self.guard else average
+        if self.guard:
+            _real(average).nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan)
+        return average
 
     def average_dtype(self, tensor: Tensor) -> torch.dtype:
         if self.dtype == "auto" or tensor.is_complex():

@@ -1,0 +1,19 @@
+"""`python -m benchmarks weights`: see each benchmark's module for what it measures."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import weights
+
+BENCHMARKS = {"weights": weights.main}
+
+
+def main(arguments: list[str]) -> None:
+    name, *rest = arguments or ["weights"]
+    if name not in BENCHMARKS:
+        raise SystemExit(f"no benchmark is called {name!r}; there are {', '.join(BENCHMARKS)}")
+    BENCHMARKS[name](rest)
+
+
+main(sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Interleaved timing: every contender runs once a round, in random order, and is compared within the round."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+def compare(contenders: dict[str, Callable[[], object]], limit: str, rounds: int) -> dict[str, tuple[float, float]]:
+    """Median milliseconds of each contender, and the median of its ratio to `limit` in the same round.
+
+    What a machine can do drifts by tens of percent within a minute; a ratio within a round does not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc="rounds", leave=False):
+        for name in random.sample(sorted(contenders), len(contenders)):
+            contenders[name]()  # brings its own data and code back into the caches
+            start = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        name: (
+            1e3 * statistics.median(taken),
+            statistics.median(mine / base for mine, base in zip(taken, seconds[limit], strict=True)),
+        )
+        for name, taken in seconds.items()
+    }
