@@ -98,6 +98,26 @@ def test_wrapped_optimizers_are_unwrapped(sgd, wrapper) -> None:
     assert counter.after == [True]
 
 
+class LookaheadLike(torch.optim.Optimizer):
+    """A wrapper that is an optimizer in its own right: its step ends after the inner one's."""
+
+    def __init__(self, optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure=None):
+        return self.optimizer.step()
+
+
+def test_a_wrapper_with_hooks_of_its_own_is_not_unwrapped(sgd) -> None:
+    wrapper = LookaheadLike(sgd)
+    assert unwrap(wrapper) is wrapper
+    counter = Counter()
+    counter.follow(wrapper)
+    wrapper.step()
+    assert counter.after == [True]
+
+
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer; got Linear.*call ema.update\(\)"):
         unwrap(nn.Linear(1, 1))

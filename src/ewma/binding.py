@@ -125,14 +125,17 @@ class Binding:
             at_most: what elapsed is if every step was taken.
             seed: of the random bits of stochastic rounding.
         """
-        words = [kernels.word(seed, track.clock.count) for track in self.tracks]
+        counts = [track.clock.count + 0.0 for track in self.tracks]  # of updates before this one
         clocks = {id(clock): clock for _, used, _ in self.updates for clock in used}
         clocks.update((id(track.clock), track.clock) for track in self.tracks)
         coefficients = {key: clock.advance(elapsed) for key, clock in clocks.items()}
         for update, used, dtype in self.updates:
             mine = [coefficients[id(clock)] for clock in used]
-            rounded = [_rounded(dtype, c, clock, at_most) for c, clock in zip(mine, used, strict=True)]
-            update(mine, [word if yes else None for word, yes in zip(words, rounded, strict=True)])
+            words = [
+                kernels.word(seed, count) if _stalls(dtype, coefficient, clock, at_most) else None
+                for count, coefficient, clock in zip(counts, mine, used, strict=True)
+            ]
+            update(mine, words)
         if self.copies_from:
             torch._foreach_copy_(self.copies_to, self.copies_from)
 
@@ -189,7 +192,7 @@ class Binding:
             yield update, [track.clock_of(group[0].name) for track in self.tracks], averages[0][0].dtype
 
 
-def _rounded(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: float) -> bool:
+def _stalls(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: float) -> bool:
     """Whether an average of this dtype would stall at this coefficient, were it rounded to nearest."""
     if dtype != torch.float32:
         return dtype == torch.bfloat16

@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's and Lightning's wrappers, whose own hooks do not work."""
+    """The optimizer whose hooks work: accelerate's and Lightning's wrappers have none of their own."""
     inner = optimizer
-    for _ in range(8):
-        wrapped = getattr(inner, "optimizer", None) or getattr(inner, "_optimizer", None)
-        if not isinstance(wrapped, Optimizer):
+    while "_optimizer_step_post_hooks" not in getattr(inner, "__dict__", {}):
+        wrapped = getattr(inner, "_optimizer", None) or getattr(inner, "optimizer", None)
+        if wrapped is None:
             break
         inner = wrapped
     if not isinstance(inner, Optimizer):
