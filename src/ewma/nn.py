@@ -70,13 +70,13 @@ class EMA(nn.Module):
         # Time, weight, residue and count: float64 kept as the integers of the same bits, which no `.half()` touches.
         self.register_buffer("numbers", torch.zeros(len(Recurrence.NUMBERS), dtype=torch.int64))
 
-    def forward(self, x: Tensor, elapsed: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, elapsed: float | Tensor = 1.0) -> Tensor:
         if self.training:
             self.update(x, elapsed)
         return self.get()
 
     @torch.no_grad()
-    def update(self, x: Tensor, elapsed: float = 1.0) -> None:
+    def update(self, x: Tensor, elapsed: float | Tensor = 1.0) -> None:
         """Take in one value of the shape given at construction, whatever the mode."""
         if x.shape != self.average.shape:
             raise ValueError(
@@ -88,10 +88,14 @@ class EMA(nn.Module):
             group = None if self.all_reduce is True else self.all_reduce
             x = x.clone() / dist.get_world_size(group)
             dist.all_reduce(x, group=group)
-        coefficient = self._recurrence().advance(check_elapsed(elapsed))
+        if not isinstance(elapsed, Tensor) and not torch.compiler.is_compiling():
+            check_elapsed(elapsed)
+        # As a tensor, or every new value of it would be compiled anew.
+        coefficient = self._recurrence().advance(x.new_zeros(()) + elapsed)
         x = torch.where(torch.isfinite(x), x, self.average)
         start = torch.where(torch.isnan(self.average), x, self.average)
-        self.average.copy_(torch.lerp(start, x, coefficient))
+        moved = start + coefficient * (x - start)
+        self.average.copy_(torch.where(torch.isfinite(x - start), moved, (1 - coefficient) * start + coefficient * x))
 
     def get(self) -> Tensor:
         """The average so far; 0 where nothing was seen yet."""
@@ -119,7 +123,7 @@ class EMA(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.average
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.average.dtype != exact.dtype and not self.average.is_meta:
+        if self.average.dtype != exact.dtype:
             self.average = exact.to(self.average.device)
         return self
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any, Literal
 
 from ewma.profiles import Exponential, Profile, Scalar, Uniform, choose
@@ -32,10 +31,10 @@ def weighing(profile: Profile, weigh: Weigh | None) -> Weigh:
     return weigh
 
 
-def check_elapsed(elapsed: Any) -> Any:
-    """`elapsed` as a float above 0; a tensor (known to the device only) passes as it is."""
-    if hasattr(elapsed, "dtype") and not isinstance(elapsed, Real):
-        return elapsed
+def check_elapsed(elapsed: Any) -> float:
+    """`elapsed` as a float above 0."""
+    if isinstance(elapsed, str) or not hasattr(elapsed, "__float__"):
+        raise TypeError(f"elapsed must be a number: steps, samples or seconds since the last update; got {elapsed!r}")
     number = float(elapsed)
     if not 0.0 < number < math.inf:
         raise ValueError(
@@ -103,6 +102,11 @@ class Recurrence:
         self._become(taken, (time, weight, residue, self.count + 1.0))
         coefficient = choose(weight == 0.0, 1.0, gain / choose(weight == 0.0, 1.0, weight))
         return choose(taken, coefficient, 0.0)
+
+    def miss(self, elapsed: float) -> None:
+        """Leave out a value, as if its step had not been; but where the profile goes by the time, that goes on."""
+        if not isinstance(self.profile, Exponential | Uniform):
+            self.time += elapsed
 
     def _become(self, taken: Any, numbers: tuple[Scalar, ...]) -> None:
         for name, new in zip(self.NUMBERS, numbers, strict=True):

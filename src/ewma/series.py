@@ -101,7 +101,7 @@ class EMA:
 
     def get(self) -> Any:
         """The mean of all that was seen: a new value, which no later update changes. NaN where all was skipped."""
-        if not self._cells:
+        if self._named is None:
             raise RuntimeError("EMA.get: there is no average before the first update; call ema.update(x) first")
         means = {name: cell.get() for name, cell in self._cells.items()}
         return means if self._named else means[""]
@@ -113,12 +113,16 @@ class EMA:
 
         For Exponential and Uniform profiles, debiased; otherwise an error, since K would not be known.
         """
+        if not isinstance(later, EMA):
+            raise TypeError(
+                f"merge takes another EMA; got {type(later).__name__}. One value is taken in by ema.update(x)."
+            )
         if (self.profile, self.weigh) != (later.profile, later.weigh):
             raise ValueError(f"cannot merge {later!r} into {self!r}: make both with the same profile and weigh=")
         if self._named not in (None, later._named) and later._named is not None:
             raise TypeError(f"cannot merge {later!r} into {self!r}: one averages a dict, the other a single value")
         Recurrence(later.profile, later.weigh).kept()  # an error for profiles that cannot be merged
-        merged = {name: self._cell(name, cell.get()) for name, cell in later._cells.items()}
+        merged = {name: self._cell(name, cell.get(), "EMA.merge") for name, cell in later._cells.items()}
         for name, cell in merged.items():
             cell.merge(later._cells[name])
         self._cells.update(merged)
@@ -151,16 +155,16 @@ class EMA:
             cell.load(state["cells"][name])
         self._cells, self._named, self.count = cells, state["named"], state["count"]
 
-    def _cell(self, name: str, x: Any) -> _Number | _Array:
+    def _cell(self, name: str, x: Any, call: str = "EMA.update") -> _Number | _Array:
         """The cell that averages x, checked to fit; new where there is none yet."""
         if not isinstance(name, str):
-            raise TypeError(f"EMA.update: a dict's names must be strings; got {name!r}")
-        where = f"EMA.update, {name!r}" if name else "EMA.update"
+            raise TypeError(f"{call}: a dict's names must be strings; got {name!r}")
+        where = f"{call}, {name!r}" if name else call
         cell = self._cells.get(name)
         kind = self._kind(_kind_of(where, x))
         if cell is None:
-            return kind(self.profile, self.weigh)
-        if type(cell) is not kind:
+            cell = kind(self.profile, self.weigh)
+        elif type(cell) is not kind:
             raise TypeError(
                 f"{where}: expected a {cell.kind} value, as at the first update; got {type(x).__name__}. Use one EMA "
                 f"for each, or call ema.reset()."
@@ -175,12 +179,13 @@ class EMA:
 
 
 def _kind_of(where: str, x: Any) -> str:
-    if isinstance(x, Real):  # NumPy's scalars too
+    if isinstance(x, Real):
         return "number"
-    if hasattr(x, "detach") and not x.is_complex():
-        return "torch"
-    if hasattr(x, "__array__") and not hasattr(x, "detach") and x.dtype.kind in "fiub":
-        return "numpy"
+    if hasattr(x, "detach"):
+        if not x.is_complex():
+            return "torch"
+    elif hasattr(x, "__array__") and x.dtype.kind in "fiub":
+        return "numpy" if hasattr(x, "__setitem__") else "number"  # NumPy's scalars, of which not all are Real
     raise TypeError(
         f"{where}: expected a real number, a NumPy array or a torch tensor, or a dict of these; got {type(x).__name__}"
         f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array with numpy.asarray(x)."
@@ -198,17 +203,21 @@ class _Number:
         self.skipped = 0
 
     def check(self, where: str, x: Any) -> None:
-        pass
+        try:
+            float(x)
+        except OverflowError as error:
+            raise ValueError(f"{where}: expected a number that a float can hold; got one too large") from error
 
     def update(self, x: float, elapsed: float) -> None:
         x = float(x)
         if math.isfinite(x):
             self.mean = toward(self.mean, x, self.recurrence.advance(elapsed))
         else:
+            self.recurrence.miss(elapsed)
             self.skipped += 1
 
     def get(self) -> float:
-        return self.mean if self.recurrence.weight else math.nan
+        return self.mean if self.recurrence.count else math.nan
 
     def merge(self, later: Any) -> None:
         self.mean = toward(self.mean, later.mean, self.recurrence.merge(later.recurrence))
@@ -256,6 +265,8 @@ class _Array:
         self.dtype = x.dtype
 
     def check(self, where: str, x: Array) -> None:
+        if self.mean is None:
+            return
         if tuple(x.shape) != tuple(self.mean.shape):
             raise ValueError(
                 f"{where}: expected shape {list(self.mean.shape)}, as at the first update; got {list(x.shape)}. Use "
@@ -272,22 +283,23 @@ class _Array:
         finite = self.module.isfinite(x)
         counted = self.wide(finite)  # 1 or 0: a bool times a float would be a float32
         if not recurrence.profile.debias:
-            gain = gain + self.wide(self.weight == 0) * (1.0 - gain)
+            gain = gain + self.wide(self.seen == 0) * (1.0 - gain)
         self.weight = where(finite, carry(self.weight, keep, lost, gain), self.weight)
         self.seen = self.seen + counted * elapsed
-        self.mean = self._toward(where(finite, x, self.mean), counted * gain / self._nonzero_weight())
+        self.mean = self._toward(where(finite, x, self.mean), counted * self._share(gain))
         self.skipped = self.skipped + (~finite).sum()
 
     def get(self) -> Array:
-        return self.narrow(self.module.where(self.weight == 0, math.nan, self.mean))
+        return self.narrow(self.module.where(self.seen == 0, math.nan, self.mean))
 
     def merge(self, later: Any) -> None:
         if self.mean is None:
             self.begin(later.get())
-        profile = self.recurrence.profile
-        kept = self.module.exp(-profile.rate * later.seen) if isinstance(profile, Exponential) else 1.0
+        profile, seen = self.recurrence.profile, later.seen + self.wide(later.seen == 0)
+        kept = self.module.exp(-profile.rate * seen) if isinstance(profile, Exponential) else 1.0
+        kept = self.module.where(later.seen == 0, self.wide(later.seen == 0), kept)  # 1, of nothing that came later
         self.weight = kept * self.weight + later.weight
-        self.mean = self._toward(later.mean, later.weight / self._nonzero_weight())
+        self.mean = self._toward(later.mean, self.wide(later.seen > 0) * self._share(later.weight))
         self.recurrence.time += later.recurrence.time
         self.seen = self.seen + later.seen
         self.skipped = self.skipped + later.skipped
@@ -298,8 +310,10 @@ class _Array:
     def load(self, state: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
-    def _nonzero_weight(self) -> Array:
-        return self.weight + self.wide(self.weight == 0)
+    def _share(self, gain: Array) -> Array:
+        """`gain / weight`; all of it where nothing has had weight so far."""
+        nothing = self.wide(self.weight == 0)
+        return nothing + gain / (self.weight + nothing)
 
     def _toward(self, x: Array, coefficient: Array) -> Array:
         difference = x - self.mean
@@ -327,6 +341,10 @@ class _NumpyArray(_Array):
     def update(self, x: Array, elapsed: float) -> None:
         with self.module.errstate(all="ignore"):  # what overflows on the way is computed otherwise, or left out
             super().update(x, elapsed)
+
+    def merge(self, later: Any) -> None:
+        with self.module.errstate(all="ignore"):
+            super().merge(later)
 
     def state(self) -> dict[str, Any]:
         lists = {name: getattr(self, name).ravel().tolist() for name in ("mean", "weight", "seen")}
@@ -368,6 +386,14 @@ class _TorchArray(_Array):
         tensors = {name: getattr(self, name).clone() for name in ("mean", "weight", "seen")}
         about = {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "skipped": int(self.skipped)}
         return {**about, **tensors, "time": self.recurrence.time}
+
+    def check(self, where: str, x: Array) -> None:
+        super().check(where, x)
+        if self.mean is not None and x.device != self.mean.device:
+            raise ValueError(
+                f"{where}: expected a tensor on device {self.mean.device}, as at the first update; got one on "
+                f"{x.device}. Move it there, or call ema.reset()."
+            )
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.dtype, self.skipped = getattr(self.module, state["dtype"]), state["skipped"]
