@@ -17,14 +17,14 @@ from ewma import files
 
 def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(2, 3), "b": torch.tensor(True), "c": torch.randn(3, 2).t(), "d": torch.zeros(0)}
-    files.write(tmp_path / "x.safetensors", tensors, {"kind": "test"})
+    files.write(tmp_path / "x.safetensors", tensors, {"kind": "test"}, {})
     came, metadata = files.read(tmp_path / "x.safetensors")
     assert all(torch.equal(came[name], tensors[name]) for name in tensors)
     assert metadata == {"format": files.FORMAT, "kind": "test"}
 
 
 def test_other_tools_can_read_it(tmp_path: Path) -> None:
-    files.write(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    files.write(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {}, {})
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], torch.ones(2))
     with safe_open(tmp_path / "x.safetensors", framework="np") as file:
         assert file.metadata()["format"] == "pt"
@@ -32,7 +32,7 @@ def test_other_tools_can_read_it(tmp_path: Path) -> None:
 
 def test_tied_tensors_are_written_under_every_name(tmp_path: Path) -> None:
     tied = torch.randn(4)
-    files.write(tmp_path / "x.safetensors", {"a": tied, "b": tied, "c": tied.view(2, 2)}, {})
+    files.write(tmp_path / "x.safetensors", {"a": tied, "b": tied, "c": tied.view(2, 2)}, {}, {})
     came, _ = files.read(tmp_path / "x.safetensors")
     assert torch.equal(came["a"], tied)
     assert torch.equal(came["b"], tied)
@@ -41,7 +41,7 @@ def test_tied_tensors_are_written_under_every_name(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "x.safetensors"
-    files.write(path, {"a": torch.ones(2)}, {})
+    files.write(path, {"a": torch.ones(2)}, {}, {})
     old = path.read_bytes()
 
     def fail(*arguments: object) -> None:
@@ -49,21 +49,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write(path, {"a": torch.zeros(2)}, {})
+        files.write(path, {"a": torch.zeros(2)}, {}, {})
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    files.write(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    files.write(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {}, {})
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "x.safetensors")}
     assert len(modes) == 1
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    files.write(path, {"a": torch.ones(100)}, {})
+    files.write(path, {"a": torch.ones(100)}, {}, {})
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"x.safetensors: expected a safetensors file .* it is truncated"):
         files.read(path)
@@ -101,3 +101,14 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_a_foreign_state_is_refused(state: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         files.check_format("here", state, "EMA")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the folder .*nowhere does not exist; make it first"):
+        files.write(tmp_path / "nowhere" / "x.safetensors", {"a": torch.ones(1)}, {}, {})
+
+
+def test_what_is_told_stands_beside_in_plain_text(tmp_path: Path) -> None:
+    files.write(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {}, {"count": "3"})
+    with safe_open(tmp_path / "x.safetensors", framework="np") as file:
+        assert file.metadata()["count"] == "3"

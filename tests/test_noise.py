@@ -11,7 +11,7 @@ from torch import Tensor
 from ewma.kernels import noise, word
 
 ROUNDED = [torch.float32, torch.bfloat16]
-MANY = 1 << 20
+MANY = 1 << 18
 EDGES = [0, 1, 2, 1 << 15, 1 << 16, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
 
 

@@ -446,6 +446,7 @@ def test_elapsed_may_be_any_kind_of_number(elapsed):
     assert (checked, isinstance(checked, float)) == (4.0, True)
 
 
-def test_elapsed_as_a_tensor_is_left_to_the_device():
-    elapsed = tensor(0.0)
-    assert check_elapsed(elapsed) is elapsed
+@pytest.mark.parametrize("elapsed", ["2", None, [1.0]])
+def test_elapsed_that_is_no_number(elapsed):
+    with pytest.raises(TypeError, match="elapsed must be a number: steps, samples or seconds"):
+        check_elapsed(elapsed)

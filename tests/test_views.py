@@ -139,7 +139,9 @@ def test_each_view_saves_its_own(small: Small, sgd, tmp_path: Path) -> None:
     for name, profile in profiles.items():
         ema[name].save(tmp_path / name)
         with safe_open(tmp_path / name, framework="pt") as file:
-            metadata = json.loads(file.metadata()["ewma"])
+            told = file.metadata()
+        assert (told["profile"], told["time"], told["count"]) == (repr(profile), "5.0", "5")
+        metadata = json.loads(told["ewma"])
         assert metadata["profile"] == profile.to_json()
         assert metadata["clocks"][0]["count"] == 5.0
         assert metadata["clocks"][0]["time"] == 5.0

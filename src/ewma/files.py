@@ -17,14 +17,19 @@ FORMAT = 1
 """The version of state dicts and files. Raise it when a reader of the old one would misread the new one."""
 
 
-def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any], told: dict[str, str]
+) -> None:
     """Write tensors and metadata as safetensors, atomically: `path` holds the old file or the whole new one.
 
-    Tensors may share memory (tied weights): each name gets its own copy, since other tools expect every name.
+    `metadata` is for `read`; `told` stands beside it in plain text, for people and other tools. Tensors may share
+    memory (tied weights): each name gets its own copy, since other tools expect every name.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -35,7 +40,8 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
     os.close(handle)
     try:
         # "format": "pt" is what transformers asks of a file before it loads one.
-        save_file(separate, temporary, {"format": "pt", "ewma": json.dumps({"format": FORMAT, **metadata})})
+        ours = json.dumps({"format": FORMAT, **metadata})
+        save_file(separate, temporary, {"format": "pt", **told, "ewma": ours})
         _to_disk(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

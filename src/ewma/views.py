@@ -119,7 +119,8 @@ class Readable(ABC):
             **ema.step_state(),
             **track.clock_state(),
         }
-        files.write(path, tensors, metadata)
+        told = {"profile": repr(track.profile), "time": str(float(track.clock.time)), "count": str(self.count)}
+        files.write(path, tensors, metadata, told)
 
     def load(self, path: str | os.PathLike[str], profile: Any = None) -> None:
         """Resume from a file that `save` wrote.

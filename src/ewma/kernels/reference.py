@@ -20,7 +20,7 @@ class ReferenceLerp:
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         for index, value in enumerate(self.values):
             if self.guard:
-                self.skipped += int((~torch.isfinite(value)).sum())
+                self.skipped += int((~torch.isfinite(value.double())).sum())
             for averages, coefficient, word in zip(self.averages, coefficients, words, strict=True):
                 self._update(averages[index], value, coefficient, word, self.streams[index])
 
