@@ -726,3 +726,32 @@ def test_it_prints_as_what_it_is(small: Small) -> None:
     ema = ewma.ModelEMA(small, SEVERAL)
     assert repr(ema) == "ModelEMA(Small, Exponential(half_life=20000), Power(sigma_rel=0.1), count=0)"
     assert repr(ema["wide"]) == "View('wide', Power(sigma_rel=0.1), count=0)"
+
+
+def test_a_weight_that_was_nan_when_looked_at_before_the_first_update(small: Small) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY)
+    averages(ema)
+    with torch.no_grad():
+        small.first.weight[0, 0], small.first.weight[0, 1] = torch.nan, torch.inf
+    averages(ema)
+    ema.update()
+    with torch.no_grad():
+        small.first.weight[0, :2] = 5.0
+    ema.update()
+    assert averages(ema)["first.weight"][0, :2].tolist() == [5.0, 5.0]
+
+
+def test_loading_one_profile_leaves_the_others_right(tmp_path: Path) -> None:
+    model = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    several = {"fast": ewma.Exponential(decay=DECAY), "slow": ewma.Exponential(decay=0.99)}
+    ema = ewma.ModelEMA(model, several)
+    alone = ewma.ModelEMA(model, several["slow"])
+    ema.update()
+    ema["fast"].save(tmp_path / "fast")
+    alone.update()
+    ema["fast"].load(tmp_path / "fast")
+    with torch.no_grad():
+        model.weight += torch.randn_like(model.weight)
+    ema.update()
+    alone.update()
+    torch.testing.assert_close(averages(ema["slow"])["weight"], averages(alone)["weight"])

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -59,10 +60,15 @@ class Policy:
         """Room for the average of a tensor, holding its values; NaN where they are not finite, for "nothing yet"."""
         average = torch.empty_like(
             tensor, dtype=self.average_dtype(tensor), device=self.device or tensor.device, requires_grad=False
-        ).copy_(tensor)
+        )
+        self.fill(average, tensor)
+        return average
+
+    def fill(self, average: Tensor, tensor: Tensor) -> None:
+        """Begin an average at a tensor's values."""
+        average.copy_(tensor)
         if self.guard:
             _real(average).nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan)
-        return average
 
     def average_dtype(self, tensor: Tensor) -> torch.dtype:
         if self.dtype == "auto" or tensor.is_complex():
@@ -145,6 +151,7 @@ class Binding:
 
     def _adopt(self) -> None:
         """Give every tensor that has none an average, and every average the place and the clock it needs."""
+        self._align()
         for track in self.tracks:
             late = bool(track.averages)
             for named in self.averaged:
@@ -162,6 +169,16 @@ class Binding:
             if self.policy.capturable:
                 for clock in (track.clock, *track.clocks.values()):
                     clock.on_device(next(iter(track.averages.values())).new_empty((), dtype=torch.float64))
+
+    def _align(self) -> None:
+        """One dtype and layout for a tensor's averages in all tracks; loading one of them may have changed its own."""
+        for named in self.averaged:
+            several = [track.averages[named.name] for track in self.tracks if named.name in track.averages]
+            if len({(average.dtype, average.stride()) for average in several}) > 1:
+                dtype = reduce(torch.promote_types, (average.dtype for average in several))
+                for track in self.tracks:
+                    aligned = torch.empty_like(several[0], dtype=dtype)
+                    track.averages[named.name] = aligned.copy_(track.averages[named.name])
 
     def _copy_in(self, copies: dict[str, Tensor]) -> None:
         for named in self.copied:

@@ -278,7 +278,7 @@ class ModelEMA(Readable):
             if not self.updated and swapping.raw_weights(self.model) is None:
                 for named in binding.averaged:
                     for track in self.tracks.values():
-                        track.averages[named.name].copy_(named.tensor)
+                        self.policy.fill(track.averages[named.name], named.tensor)
                 for named in binding.copied:
                     self.copies[named.name].copy_(named.tensor)
         return binding
@@ -303,6 +303,8 @@ class ModelEMA(Readable):
 
     def _update(self, elapsed: Any, at_most: float) -> None:
         self.refuse_if_swapped()
+        if not self.updated:
+            self._binding = None  # what `bind` filled in since may need care: the update is prepared for what is there
         # Averages made or written in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._rebind_if_moved().run(elapsed, at_most, self.seed)

@@ -49,11 +49,14 @@ def lerp(
     Args:
         values: tensors of one floating dtype on one device, of any layout, read at every call.
         averages: K lists, each as long as values: dense float32, float64 or bfloat16 tensors of the values' shapes, all
-            of one dtype within a list and on one device, written at every call.
+            of one dtype and on one device, laid out alike in all sets, written at every call.
         streams: an integer for each tensor that tells its random bits from the others'.
-        guard: a non-finite element of a value leaves its average alone and is counted. A NaN in an average marks an
-            element that has seen nothing finite yet: it takes the first finite value whole.
+        guard: a non-finite element of a value leaves its average alone and is counted. A NaN that is in an average now
+            marks an element that has seen nothing finite yet: it takes the first finite value whole.
     """
+    for several in zip(*averages, strict=True):
+        if len({(average.dtype, average.device, average.stride()) for average in several}) > 1:
+            raise ValueError("expected averages of one dtype, device and layout in all sets; got several")
     name = os.environ.get("EWMA_KERNEL", "foreach")
     if name not in KERNELS:
         raise ValueError(f"EWMA_KERNEL={name}: no kernel has that name; there are {', '.join(KERNELS)}")

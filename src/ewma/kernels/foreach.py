@@ -19,8 +19,10 @@ from ewma.kernels.noise import DROPPED, FIRST, GOLDEN, MASK, SECOND
 BLOCK = 1 << 20
 CONVERTED_BLOCK = 1 << 19
 PACKED = 1 << 15
-"""In elements: the largest block read in place, the largest that is converted, and below what tensors are packed."""
 ROUNDED_BLOCK = 1 << 16
+CAREFUL = 1 << 14
+"""In elements: the largest block read in place; the largest that is converted; below what tensors are packed; what is
+rounded at a time; and how much at a time gets the care that non-finite elements need, which allocates."""
 
 
 class Block:
@@ -33,7 +35,12 @@ class Block:
 
     def __init__(self, averages: list[list[Tensor]], places: list[tuple[int, int]]) -> None:
         self.averages, self.places = averages, places
-        self.unseen = any(bool(a.isnan().any()) for averages in self.averages for a in averages if not a.is_meta)
+        self.look()
+
+    def look(self) -> None:
+        """Note whether any average needs care: a NaN that has seen nothing yet, or a number near overflow."""
+        every = [average for averages in self.averages for average in averages]
+        self.tame = all(average.is_cpu and _tame(average, average.dtype) for average in every)
 
     def load(self) -> tuple[list[Tensor], Tensor]:
         """The values on the averages' device and at least as wide, and all of them again as one vector."""
@@ -93,34 +100,28 @@ class ForeachLerp:
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         for block in self.blocks:
             values, together = block.load()
-            careful = self.guard and not self._plain(block, together)
+            dtype = block.averages[0][0].dtype
+            careful = self.guard and not (together.is_cpu and block.tame and _tame(together, dtype))
             if careful:
-                self.skipped = self.skipped + (~torch.isfinite(together)).sum()
+                self.skipped = self.skipped + sum((~torch.isfinite(piece)).sum() for piece in _pieces(together))
+            narrow = values
+            if together.dtype != dtype and None in words:
+                narrow = [value.to(dtype) for value in values]
             for averages, coefficient, word in zip(block.averages, coefficients, words, strict=True):
                 if word is not None:
                     self._round(averages, values, coefficient, word, block.places, careful)
-                    continue
-                if together.dtype != averages[0].dtype:
-                    values = [value.to(averages[0].dtype) for value in values]
-                if careful:
-                    for average, value in zip(averages, values, strict=True):
-                        average.copy_(_careful(average, value, coefficient))
+                elif careful:
+                    for average, value in zip(averages, narrow, strict=True):
+                        for piece, new in zip(_pieces(average), _pieces(value), strict=True):
+                            piece.copy_(_careful(piece, new, coefficient))
                 elif isinstance(coefficient, Tensor):
                     coefficient = coefficient.to(averages[0])
-                    for average, value in zip(averages, values, strict=True):
+                    for average, value in zip(averages, narrow, strict=True):
                         average.lerp_(value, coefficient)
                 else:
-                    torch._foreach_lerp_(averages, values, coefficient)
+                    torch._foreach_lerp_(averages, narrow, coefficient)
             if careful and together.is_cpu:
-                block.unseen = any(bool(a.isnan().any()) for averages in block.averages for a in averages)
-
-    def _plain(self, block: Block, values: Tensor) -> bool:
-        """Whether nothing needs care: all is finite, and seen. Only the CPU can be asked without waiting for it.
-
-        The sum of finite values is finite (or overflows, and care is taken for nothing). It is torch's own sum since
-        MKL's dot product, as fast alone, waits for milliseconds where other processes keep the cores busy.
-        """
-        return values.is_cpu and not block.unseen and math.isfinite(values.sum().item())
+                block.look()
 
     def _round(
         self,
@@ -145,6 +146,25 @@ class ForeachLerp:
 lerp = ForeachLerp
 
 
+def _tame(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all is finite, and so far from overflow that differences are too.
+
+    Only the CPU can be asked without waiting for it. The extremes cost what a sum does, one pass at the memory's speed;
+    MKL's dot product waits for milliseconds where other processes keep the cores busy.
+    """
+    if not values.numel():
+        return True
+    low, high = (extreme.item() for extreme in torch.aminmax(values))
+    limit = torch.finfo(dtype).max / 4
+    return -limit < low and high < limit
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Parts for which careful work may allocate; larger on a device, where every part is a launch."""
+    parts: tuple[Tensor, ...] = tensor.split(CAREFUL if tensor.is_cpu else CONVERTED_BLOCK)
+    return parts
+
+
 def _careful(average: Tensor, value: Tensor, coefficient: Coefficient) -> Tensor:
     """The update where something may be non-finite: such an element is left out, an unseen one takes the value."""
     if isinstance(coefficient, Tensor):
@@ -152,7 +172,8 @@ def _careful(average: Tensor, value: Tensor, coefficient: Coefficient) -> Tensor
     value = torch.where(torch.isfinite(value), value, average)
     average = torch.where(torch.isnan(average), value, average)
     moved = torch.lerp(average, value, coefficient)
-    return torch.where(torch.isfinite(moved), moved, average * (1 - coefficient) + value * coefficient)
+    split = average.mul_(1 - coefficient).add_(value.mul_(coefficient))  # where the difference is too large
+    return torch.where(torch.isfinite(moved), moved, split)
 
 
 def _blocks(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int]) -> Iterator[Block]:
@@ -173,8 +194,9 @@ def _blocks(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], stre
         in_place = (value.dtype, value.device) == (wide, average.device)
         whole = [flat(each[index]) for each in averages]
         if not same_layout:
-            into = torch.empty_like(average, dtype=wide)
-            yield Converted(value, into, flat(into), [[a] for a in whole], [(stream, 0)])
+            scratch_space = room(value.numel(), average)
+            into = scratch_space.as_strided(average.shape, average.stride())
+            yield Converted(value, into, scratch_space, [[a] for a in whole], [(stream, 0)])
         elif value.device == average.device and value.numel() < PACKED:
             small.append(index)
         else:
@@ -233,7 +255,8 @@ class Rounding:
         n = average.numel()
         exact, new = self.exact[:n].copy_(average), self.new[:n].copy_(value)
         if careful:
-            exact.copy_(_careful(exact, new, coefficient))
+            for part, fresh in zip(_pieces(exact), _pieces(new), strict=True):
+                part.copy_(_careful(part, fresh, coefficient))
         else:
             exact.lerp_(new, coefficient)
         dropped = DROPPED[average.dtype]
