@@ -48,7 +48,7 @@ class ModelEMA(Readable):
         only: which parameters to average: globs over canonical names ("blocks.*", or a list), or a predicate
             (name, parameter) -> bool. What is left out stays raw in `swapped` and is saved raw.
         nonfinite: "skip" leaves an average alone where the weight is NaN or infinite, and counts that in `skipped`;
-            "propagate" does not look, which saves a fifth of the time.
+            "propagate" does not look, which is a little faster.
         capturable: keep time, weight and count on the device, as a CUDA graph needs.
         seed: of the random bits of stochastic rounding, which are a pure function of (seed, count, name, element).
 
