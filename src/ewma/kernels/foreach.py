@@ -26,36 +26,37 @@ rounded at a time; and how much at a time gets the care that non-finite elements
 
 
 class Block:
-    """Stretches of several tensors, or one stretch of one, that are updated together.
+    """Stretches of tensors that are updated together: a few large ones that are read where they are.
 
     Args:
+        values: the stretches to average from, as vectors, on the averages' device and at least as wide.
         averages: for each of the K sets the stretches to write, as vectors.
         places: stream and first element of each stretch, for the random bits.
+        together: all values again in as few vectors as possible, to be checked.
     """
 
-    def __init__(self, averages: list[list[Tensor]], places: list[tuple[int, int]]) -> None:
-        self.averages, self.places = averages, places
+    def __init__(
+        self,
+        values: list[Tensor],
+        averages: list[list[Tensor]],
+        places: list[tuple[int, int]],
+        together: list[Tensor] | None = None,
+    ) -> None:
+        self.values, self.averages, self.places = values, averages, places
+        self.together = together or values
+        self.dtype = averages[0][0].dtype
         self.look()
 
     def look(self) -> None:
         """Note whether any average needs care: a NaN that has seen nothing yet, or a number near overflow."""
-        every = [average for averages in self.averages for average in averages]
-        self.tame = all(average.is_cpu and _tame(average, average.dtype) for average in every)
+        self.calm = all(_tame(averages, self.dtype) for averages in self.averages)
 
-    def load(self) -> tuple[list[Tensor], Tensor]:
-        """The values on the averages' device and at least as wide, and all of them again as one vector."""
-        raise NotImplementedError
+    def load(self) -> None:
+        """Bring the values to where they are averaged from."""
 
-
-class InPlace(Block):
-    """One stretch of a value that needs no conversion."""
-
-    def __init__(self, value: Tensor, averages: list[list[Tensor]], places: list[tuple[int, int]]) -> None:
-        super().__init__(averages, places)
-        self.loaded = [value], value
-
-    def load(self) -> tuple[list[Tensor], Tensor]:
-        return self.loaded
+    def tame(self) -> bool:
+        """Whether nothing needs care. Only the CPU can be asked without waiting for it."""
+        return self.calm and _tame(self.together, self.dtype)
 
 
 class Converted(Block):
@@ -64,13 +65,11 @@ class Converted(Block):
     def __init__(
         self, value: Tensor, into: Tensor, scratch: Tensor, averages: list[list[Tensor]], places: list[tuple[int, int]]
     ) -> None:
-        super().__init__(averages, places)
+        super().__init__([scratch], averages, places)
         self.value, self.into = value, into
-        self.loaded = [scratch], scratch
 
-    def load(self) -> tuple[list[Tensor], Tensor]:
+    def load(self) -> None:
         self.into.copy_(self.value)
-        return self.loaded
 
 
 class Packed(Block):
@@ -79,13 +78,11 @@ class Packed(Block):
     def __init__(
         self, values: list[Tensor], scratch: Tensor, averages: list[list[Tensor]], places: list[tuple[int, int]]
     ) -> None:
-        super().__init__(averages, places)
-        self.values = values
-        self.loaded = list(scratch.split([value.numel() for value in values])), scratch
+        super().__init__(list(scratch.split([value.numel() for value in values])), averages, places, [scratch])
+        self.small, self.scratch = values, scratch
 
-    def load(self) -> tuple[list[Tensor], Tensor]:
-        torch.cat(self.values, out=self.loaded[1])
-        return self.loaded
+    def load(self) -> None:
+        torch.cat(self.small, out=self.scratch)
 
 
 class ForeachLerp:
@@ -99,28 +96,28 @@ class ForeachLerp:
 
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         for block in self.blocks:
-            values, together = block.load()
-            dtype = block.averages[0][0].dtype
-            careful = self.guard and not (together.is_cpu and block.tame and _tame(together, dtype))
+            block.load()
+            careful = self.guard and not block.tame()
             if careful:
-                self.skipped = self.skipped + sum((~torch.isfinite(piece)).sum() for piece in _pieces(together))
-            narrow = values
-            if together.dtype != dtype and None in words:
-                narrow = [value.to(dtype) for value in values]
+                for piece in (piece for values in block.together for piece in _pieces(values)):
+                    self.skipped = self.skipped + (~torch.isfinite(piece)).sum()
+            values = block.values
+            if values[0].dtype != block.dtype and None in words:
+                values = [value.to(block.dtype) for value in values]
             for averages, coefficient, word in zip(block.averages, coefficients, words, strict=True):
                 if word is not None:
-                    self._round(averages, values, coefficient, word, block.places, careful)
+                    self._round(averages, block.values, coefficient, word, block.places, careful)
                 elif careful:
-                    for average, value in zip(averages, narrow, strict=True):
+                    for average, value in zip(averages, values, strict=True):
                         for piece, new in zip(_pieces(average), _pieces(value), strict=True):
                             piece.copy_(_careful(piece, new, coefficient))
                 elif isinstance(coefficient, Tensor):
                     coefficient = coefficient.to(averages[0])
-                    for average, value in zip(averages, narrow, strict=True):
+                    for average, value in zip(averages, values, strict=True):
                         average.lerp_(value, coefficient)
                 else:
-                    torch._foreach_lerp_(averages, narrow, coefficient)
-            if careful and together.is_cpu:
+                    torch._foreach_lerp_(averages, values, coefficient)
+            if careful and block.values[0].is_cpu:
                 block.look()
 
     def _round(
@@ -146,17 +143,21 @@ class ForeachLerp:
 lerp = ForeachLerp
 
 
-def _tame(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all is finite, and so far from overflow that differences are too.
+def _tame(several: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether all is known to be finite, and so far from overflow that differences are too.
 
     Only the CPU can be asked without waiting for it. The extremes cost what a sum does, one pass at the memory's speed;
     MKL's dot product waits for milliseconds where other processes keep the cores busy.
     """
-    if not values.numel():
-        return True
-    low, high = (extreme.item() for extreme in torch.aminmax(values))
     limit = torch.finfo(dtype).max / 4
-    return -limit < low and high < limit
+    for values in several:
+        if not values.is_cpu:
+            return False
+        if values.numel():
+            low, high = torch.aminmax(values)
+            if not (-limit < low.item() and high.item() < limit):
+                return False
+    return True
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -187,6 +188,7 @@ def _blocks(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], stre
         return scratch[like.device][:n]
 
     small: list[int] = []
+    stretches: list[tuple[Tensor, list[Tensor], tuple[int, int]]] = []
     # The largest first, so that the scratch space is made once.
     for index in sorted(range(len(values)), key=lambda index: -values[index].numel()):
         value, average, stream = values[index], averages[0][index], streams[index]
@@ -203,17 +205,19 @@ def _blocks(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], stre
             size = _even(value.numel(), BLOCK if in_place else CONVERTED_BLOCK)
             pieces = zip(flat(value).split(size), *(a.split(size) for a in whole), strict=True)
             for number, (piece, *rest) in enumerate(pieces):
-                each, place = [[a] for a in rest], [(stream, number * size)]
                 if in_place:
-                    yield InPlace(piece, each, place)
+                    stretches.append((piece, rest, (stream, number * size)))
                 else:
                     into = room(piece.numel(), rest[0])
-                    yield Converted(piece, into, into, each, place)
-    for indices in _packs(small, values):
-        together = room(sum(values[index].numel() for index in indices), averages[0][indices[0]])
+                    yield Converted(piece, into, into, [[a] for a in rest], [(stream, number * size)])
+    for chosen in _packs([piece.numel() for piece, _, _ in stretches], BLOCK):
+        several, into_averages, places = zip(*(stretches[number] for number in chosen), strict=True)
+        yield Block(list(several), [list(each) for each in zip(*into_averages, strict=True)], list(places))
+    for chosen in _packs([values[index].numel() for index in small], CONVERTED_BLOCK):
+        indices = [small[number] for number in chosen]
         yield Packed(
             [flat(values[index]) for index in indices],
-            together,
+            room(sum(values[index].numel() for index in indices), averages[0][indices[0]]),
             [[flat(each[index]) for index in indices] for each in averages],
             [(streams[index], 0) for index in indices],
         )
@@ -229,15 +233,16 @@ def _even(n: int, most: int) -> int:
     return max(1, math.ceil(n / math.ceil(n / most))) if n else 1
 
 
-def _packs(indices: list[int], values: Sequence[Tensor]) -> Iterator[list[int]]:
+def _packs(sizes: list[int], most: int) -> Iterator[list[int]]:
+    """Neighbours that together are no larger than `most`."""
     pack: list[int] = []
-    room = CONVERTED_BLOCK
-    for index in indices:
-        if values[index].numel() > room and pack:
+    total = 0
+    for number, size in enumerate(sizes):
+        if pack and total + size > most:
             yield pack
-            pack, room = [], CONVERTED_BLOCK
-        pack.append(index)
-        room -= values[index].numel()
+            pack, total = [], 0
+        pack.append(number)
+        total += size
     if pack:
         yield pack
 
