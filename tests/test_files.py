@@ -112,3 +112,8 @@ def test_what_is_told_stands_beside_in_plain_text(tmp_path: Path) -> None:
     files.write(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {}, {"count": "3"})
     with safe_open(tmp_path / "x.safetensors", framework="np") as file:
         assert file.metadata()["count"] == "3"
+
+
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="expected a file written by ModelEMA.save; this is a folder"):
+        files.read(tmp_path)

@@ -190,3 +190,25 @@ def test_a_model_is_not_kept_alive() -> None:
     del model, ema
     gc.collect()
     assert gone() is None
+
+
+def test_a_part_that_somebody_swapped_is_refused(small: Small) -> None:
+    whole, part = ewma.ModelEMA(small, half_life=2), ewma.ModelEMA(small.first, half_life=2)
+    whole.update()
+    part.update()
+    for one, other in ((whole, part), (part, whole)):
+        with one.swapped(), pytest.raises(RuntimeError, match="the averages are in the model"):
+            other.update()
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "leave"])
+@pytest.mark.parametrize("updates", [0, 2])
+def test_all_buffers_come_back(small: Small, buffers: str, updates: int) -> None:
+    ema = ewma.ModelEMA(small, half_life=2, buffers=buffers)
+    for _ in range(updates):
+        ema.update()
+    before = bits(small)
+    with ema.swapped():
+        torch.optim.swa_utils.update_bn([torch.randn(8, 4) for _ in range(3)], small)
+        assert not same(bits(small), before)
+    assert same(bits(small), before)

@@ -755,3 +755,153 @@ def test_loading_one_profile_leaves_the_others_right(tmp_path: Path) -> None:
     ema.update()
     alone.update()
     torch.testing.assert_close(averages(ema["slow"])["weight"], averages(alone)["weight"])
+
+
+def test_loading_a_later_profile_alone(small: Small, sgd, tmp_path: Path) -> None:
+    ema = ewma.ModelEMA(small, SEVERAL).attach(sgd)
+    train(small, sgd, 3)
+    ema["wide"].save(tmp_path / "wide")
+    fresh = ewma.ModelEMA(small, SEVERAL)
+    fresh["wide"].load(tmp_path / "wide")
+    assert same(averages(fresh["wide"]), averages(ema["wide"]))
+    assert torch.equal(averages(fresh["fast"])["first.weight"], small.first.weight)
+    fresh.update()
+    assert (fresh["wide"].count, fresh["fast"].count) == (4, 1)
+
+
+def test_a_file_brings_the_buffers_along(small: Small, sgd, tmp_path: Path) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY).attach(sgd)
+    train(small, sgd, 3)
+    ema.save(tmp_path / "ema.safetensors")
+    fresh = ewma.ModelEMA(Small(), decay=DECAY)
+    fresh.load(tmp_path / "ema.safetensors")
+    with ema.swapped():
+        expected = bits(small)
+    with fresh.swapped():
+        assert same(bits(fresh.model), expected)
+
+
+def test_attaching_anew_with_a_smaller_every(small: Small, sgd) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY).attach(sgd, every=5)
+    train(small, sgd, 4)
+    ema.detach()
+    ema.attach(sgd, every=2)
+    train(small, sgd, 5)
+    assert ema.count == 3
+
+
+@pytest.mark.parametrize("change", ["load", "reset"])
+def test_a_teacher_stays_right_whatever_happens(small: Small, sgd, change: str) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY).attach(sgd)
+    train(small, sgd, 2)
+    teacher = ema.module()
+    if change == "load":
+        ema.load_state_dict(copy.deepcopy(ema.state_dict()))
+    else:
+        ema.reset()
+    train(small, sgd, 2)
+    with ema.swapped():
+        assert same(bits(teacher), bits(small))
+
+
+def test_skipped_is_not_counted_again_by_copies(small: Small) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY)
+    with torch.no_grad():
+        small.first.weight[0, :2] = torch.nan
+    ema.update()
+    assert copy.deepcopy(ema).skipped == 2
+    assert pickle.loads(pickle.dumps(ema)).skipped == 2
+    assert ema.skipped == 2
+
+
+def test_a_copy_made_while_swapped_is_refused(small: Small) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY)
+    ema.update()
+    with ema.swapped(), pytest.raises(RuntimeError, match="Leave the with block first"):
+        copy.deepcopy(ema)
+
+
+def test_what_is_left_out_may_be_anything(small: Small) -> None:
+    small.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match=r'graph: expected a dense tensor; .* Leave it out with buffers="leave".'):
+        ewma.ModelEMA(small, decay=DECAY).update()
+    ema = ewma.ModelEMA(small, decay=DECAY, buffers="leave")
+    ema.update()
+    with ema.swapped():
+        pass
+
+
+def test_late_tensors_share_a_clock(small: Small) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY)
+    ema.update()
+    small.late = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+    ema.update()
+    assert len(ema.state_dict()["tracks"]["average"]["clocks"]) == 2
+
+
+@pytest.mark.parametrize("view", [lambda weight: weight.t(), lambda weight: weight[:4]], ids=["transposed", "cut"])
+def test_another_view_of_the_same_storage_is_noticed(view) -> None:
+    model = nn.Embedding(6, 6)
+    ema = ewma.ModelEMA(model, decay=DECAY)
+    ema.update()
+    model.weight.data = view(model.weight.data)
+    if model.weight.shape == (6, 6):
+        truth = Truth(DECAY)
+        truth.update(averages(ema)["weight"])
+        truth.update(model.weight)
+        ema.update()
+        torch.testing.assert_close(averages(ema)["weight"].double(), truth.mean, rtol=0, atol=1e-6)
+    else:
+        with pytest.raises(ValueError, match=r"weight: expected shape \[6, 6\]"):
+            ema.update()
+
+
+def test_tied_and_untied_models_load_each_others_files(tmp_path: Path) -> None:
+    def model(tied: bool) -> nn.Module:
+        made = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        if tied:
+            made[1].weight = made[0].weight
+        return made
+
+    tied = ewma.ModelEMA(model(True), decay=DECAY)
+    tied.update()
+    tied.save(tmp_path / "tied")
+    for load in (lambda ema: ema.load(tmp_path / "tied"), lambda ema: ema.load_state_dict(tied.state_dict())):
+        untied = ewma.ModelEMA(model(False), decay=DECAY)
+        load(untied)
+        assert torch.equal(averages(untied)["1.weight"], averages(tied)["0.weight"])
+
+
+def test_buffers_of_another_shape_are_refused(small: Small, sgd) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY).attach(sgd)
+    train(small, sgd, 2)
+    state = copy.deepcopy(ema.state_dict())
+    state["copies"]["norm.running_mean"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"the saved buffers: of another shape: norm.running_mean \[7\] for \[6\]"):
+        ema.load_state_dict(state)
+
+
+def test_nothing_to_average_yet() -> None:
+    with pytest.raises(ValueError, match="no floating parameters yet; a lazy layer gets its own in its first forward"):
+        ewma.ModelEMA(nn.Sequential(nn.LazyLinear(3)), decay=DECAY).update()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"profile": ewma.Uniform(), "debias": False}, TypeError, "debias= belongs to the profile"),
+        ({"decay": 0.9, "only": 5}, TypeError, "only must be globs"),
+        ({"decay": 0.9, "dtype": "bfloat16"}, ValueError, "or torch.bfloat16; got 'bfloat16'"),
+    ],
+)
+def test_more_bad_arguments(small: Small, arguments: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        ewma.ModelEMA(small, **arguments)
+
+
+def test_a_whole_checkpoint_in_place_of_its_part(small: Small) -> None:
+    ema = ewma.ModelEMA(small, decay=DECAY)
+    with pytest.raises(ValueError, match=r"Its part 'ema' was probably meant: state\['ema'\]"):
+        ema.load_state_dict({"model": small.state_dict(), "ema": ema.state_dict()})
+    with pytest.raises(TypeError, match="elapsed must be a number: .* got Small"):
+        ema.update(small)

@@ -92,12 +92,12 @@ class Binding:
         self.roles: dict[str, list[Named]] = {"averaged": [], "copied": [], "raw": []}
         for named in named_tensors(model):
             if not is_lazy(named.tensor):
-                _check(named)
-                self.roles[policy.role(named)].append(named)
-        if not self.averaged:
-            known = ", ".join(named.name for named in self.raw[:5])
-            raise ValueError(f"only={policy.only!r} selects none of the model's parameters; some of them: {known}")
-        self.pointers = [named.tensor.data_ptr() for named in self.averaged + self.copied]
+                role = policy.role(named)
+                if role != "raw":
+                    _check(named)
+                self.roles[role].append(named)
+        self._check_selection()
+        self.places = self._places()
         self._adopt()
         self._copy_in(copies)
         self.updates = list(self._updates())
@@ -120,8 +120,20 @@ class Binding:
         return (
             len(members) != len(self.members)
             or not all(map(operator.is_, members, self.members))
-            or [named.tensor.data_ptr() for named in self.averaged + self.copied] != self.pointers
+            or self._places() != self.places
         )
+
+    def _places(self) -> list[tuple[Any, ...]]:
+        tensors = (named.tensor for named in self.averaged + self.copied)
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+
+    def _check_selection(self) -> None:
+        if self.averaged:
+            return
+        if self.policy.only is None:
+            raise ValueError("the model has no floating parameters yet; a lazy layer gets its own in its first forward")
+        known = ", ".join(named.name for named in self.raw[:5])
+        raise ValueError(f"only={self.policy.only!r} selects none of the model's parameters; some of them: {known}")
 
     def run(self, elapsed: Any, at_most: float, seed: int) -> None:
         """Update every average and copy.
@@ -135,6 +147,8 @@ class Binding:
         clocks = {id(clock): clock for _, used, _ in self.updates for clock in used}
         clocks.update((id(track.clock), track.clock) for track in self.tracks)
         coefficients = {key: clock.advance(elapsed) for key, clock in clocks.items()}
+        for track in self.tracks:
+            track.updated = True
         for update, used, dtype in self.updates:
             mine = [coefficients[id(clock)] for clock in used]
             words = [
@@ -153,11 +167,11 @@ class Binding:
         """Give every tensor that has none an average, and every average the place and the clock it needs."""
         self._align()
         for track in self.tracks:
-            late = bool(track.averages)
+            new: dict[str, Tensor] = {}
             for named in self.averaged:
                 average = track.averages.get(named.name)
-                if average is None:
-                    track.begin(named.name, self.policy.new_average(named.tensor), late)
+                if average is None or (average.shape != named.tensor.shape and not track.updated):
+                    new[named.name] = self.policy.new_average(named.tensor)
                 elif average.shape != named.tensor.shape:
                     raise ValueError(
                         f"{named.name}: expected shape {list(average.shape)}, as it was averaged so far; the parameter "
@@ -165,6 +179,7 @@ class Binding:
                     )
                 else:
                     track.averages[named.name] = average.to(self.policy.device or named.tensor.device)
+            track.begin(new)
             track.stop({named.name for named in self.averaged})
             if self.policy.capturable:
                 for clock in (track.clock, *track.clocks.values()):
@@ -234,4 +249,5 @@ def _check(named: Named) -> None:
     if hasattr(tensor, "to_local"):
         raise NotImplementedError(f"{named.name} is a DTensor: sharded models are not supported yet")
     if tensor.layout != torch.strided:
-        raise TypeError(f"{named.name}: expected a dense tensor; got layout {tensor.layout}. Leave it out with only=.")
+        out = "only=" if named.is_parameter else 'buffers="leave"'
+        raise TypeError(f"{named.name}: expected a dense tensor; got layout {tensor.layout}. Leave it out with {out}.")

@@ -55,6 +55,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     """The tensors and metadata of a file that `write` wrote."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)}: expected a file written by ModelEMA.save; this is a folder")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("ewma", "null"))
@@ -76,9 +78,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 def check_format(what: str, state: Any, kind: str | None = None) -> None:
     """Refuse a state that a newer version wrote, or that is of another class."""
     if not isinstance(state, Mapping) or "format" not in state:
+        parts = state if isinstance(state, Mapping) else {}
+        meant = [name for name, part in parts.items() if isinstance(part, Mapping) and part.get("kind") == kind]
         raise ValueError(
             f"{what}: expected what {kind or 'ewma'}.state_dict() gives; got "
-            f"{sorted(state)[:5] if isinstance(state, Mapping) else type(state).__name__}"
+            f"{sorted(map(str, parts))[:5] if parts else type(state).__name__}"
+            f"{f'. Its part {meant[0]!r} was probably meant: state[{meant[0]!r}]' if meant else ''}"
         )
     if state["format"] > FORMAT:
         raise ValueError(

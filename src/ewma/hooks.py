@@ -21,7 +21,8 @@ def unwrap(optimizer: Any) -> Optimizer:
     if not isinstance(inner, Optimizer):
         raise TypeError(
             f"expected a torch.optim.Optimizer; got {type(optimizer).__name__}. If it wraps one, pass that one; if it "
-            f"is none, call ema.update() after each of its steps."
+            f"is none, call ema.update() after each of its steps. Several are written attach(one, two), and a "
+            f"number of steps attach(optimizer, every=10)."
         )
     return inner
 

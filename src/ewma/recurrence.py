@@ -34,7 +34,8 @@ def weighing(profile: Profile, weigh: Weigh | None) -> Weigh:
 def check_elapsed(elapsed: Any) -> float:
     """`elapsed` as a float above 0."""
     if isinstance(elapsed, str) or not hasattr(elapsed, "__float__"):
-        raise TypeError(f"elapsed must be a number: steps, samples or seconds since the last update; got {elapsed!r}")
+        came = repr(elapsed) if isinstance(elapsed, str) else type(elapsed).__name__
+        raise TypeError(f"elapsed must be a number: steps, samples or seconds since the last update; got {came}")
     number = float(elapsed)
     if not 0.0 < number < math.inf:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Job 1: the running mean of a series, one value at a time.
 
-The article's class made right. Plain floats and NumPy arrays are averaged without torch being imported.
+Plain floats and NumPy arrays are averaged without torch being imported.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class EMA:
         weigh: "value": each value counts once, whatever time it stands for (pandas; the default where the profile has
             it); "time": a value counts for what elapsed. With equal steps both give the same mean.
 
-    All arithmetic is in float64; `get` gives the first value's type, shape and dtype back (integers give float64). NaN
-    and infinite elements are left out and counted in `skipped`. Nothing waits for the device.
+    All arithmetic is in float64; `get` gives the first value's type, shape and dtype back (integers give float64,
+    NumPy's scalars Python's float). NaN and infinite elements are left out and counted in `skipped`. Nothing waits for
+    the device.
 
-    Beside it: `smooth` gives the whole smoothed series, `ewma.nn.EMA` is the form inside a network, and ModelEMA the
-    one for weights. (The article divides by `1 - alpha ** count`; the weight after t steps is `1 - (1 - alpha) ** t`.)
+    Beside it: `ewma.nn.EMA` is the form inside a network, ModelEMA the one for weights. An often copied class starts at
+    0 and divides by `1 - alpha ** count`; right is `1 - (1 - alpha) ** count`, the weight that has been seen.
 
     >>> ema = EMA(alpha=0.5)
     >>> for x in (1.0, 2.0, 3.0):
@@ -188,7 +189,8 @@ def _kind_of(where: str, x: Any) -> str:
         return "numpy" if hasattr(x, "__setitem__") else "number"  # NumPy's scalars, of which not all are Real
     raise TypeError(
         f"{where}: expected a real number, a NumPy array or a torch tensor, or a dict of these; got {type(x).__name__}"
-        f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array with numpy.asarray(x)."
+        f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array "
+        f"with numpy.asarray(x); what is missing (None) is left out of a dict."
     )
 
 

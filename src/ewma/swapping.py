@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -75,9 +76,15 @@ def _leave(key: nn.Module, swap: Swap, pairs: list[Pair]) -> None:
 
 
 def raw_weights(model: nn.Module) -> dict[int, Tensor] | None:
-    """While the model is swapped, its raw tensors by `id` of the swapped ones; None while it is not."""
-    swap = _swaps.get(unwrap(model))
-    return None if swap is None else {key: aside for key, (_, aside) in swap.raw.items()}
+    """While any of the model is swapped, the raw tensors by `id` of the swapped ones; None while it is not.
+
+    A part of the model may be swapped by somebody who averages that part, or a whole of which the model is a part.
+    """
+    if not _swaps:
+        return None
+    mine = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    raw = {key: aside for swap in _swaps.values() for key, (_, aside) in swap.raw.items() if key in mine}
+    return raw if raw or unwrap(model) in _swaps else None
 
 
 def _copy_in(pairs: list[Pair]) -> None:

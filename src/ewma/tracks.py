@@ -24,6 +24,8 @@ class Track:
     averages: dict[str, Tensor] = field(default_factory=dict)
     clocks: dict[str, Recurrence] = field(default_factory=dict)
     clock: Recurrence = field(init=False)
+    updated: bool = False
+    """Whether anything was averaged yet; before that, the averages stand for the weights as they are."""
 
     def __post_init__(self) -> None:
         self.clock = Recurrence(self.profile, weigh="time")
@@ -31,17 +33,19 @@ class Track:
     def clock_of(self, name: str) -> Recurrence:
         return self.clocks.get(name, self.clock)
 
-    def clear(self) -> None:
-        """Forget all that was averaged."""
-        self.averages.clear()
+    def restart(self) -> None:
+        """Forget all that was averaged. The storage stays, for those who share it."""
         self.clocks.clear()
         self.clock = Recurrence(self.profile, weigh="time")
+        self.updated = False
 
-    def begin(self, name: str, average: Tensor, late: bool) -> None:
-        """Take up a tensor. A late one has seen nothing yet, at the time it is by now."""
-        self.averages[name] = average
-        if late:
-            self.clocks[name] = self.clock.begin_now()
+    def begin(self, averages: Mapping[str, Tensor]) -> None:
+        """Take up tensors. Those that come late have seen nothing yet, at the time it is by now."""
+        late = self.clock.begin_now()
+        for name, average in averages.items():
+            self.averages[name] = average
+            if self.updated:
+                self.clocks[name] = late
 
     def stop(self, present: set[str]) -> None:
         """Stop the clocks of tensors that are not present; they go on from there, should the tensors come back."""
@@ -70,6 +74,7 @@ class Track:
             clocks[-1].load(numbers)
         self.clock = clocks[0]
         self.clocks = {name: clocks[number] for name, number in state["clock_of"].items()}
+        self.updated = bool(self.clock.count)
         for name in self.averages.keys() - averages.keys():
             del self.averages[name]
         for name, saved in averages.items():

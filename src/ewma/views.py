@@ -55,11 +55,12 @@ class Readable(ABC):
         The averages do not move. Exceptions and Ctrl-C restore; swaps nest, also those of several profiles. Updating
         meanwhile is an error, before the optimizer steps. Before the first update the averages are the weights.
 
-        Under torch.no_grad or with autograd alike; buffers go by `buffers=`. For BatchNorm statistics of the averages
+        Under torch.no_grad or with autograd alike; buffers go by `buffers=`, and are put back too. What is loaded into
+        the model inside is gone afterwards. For BatchNorm statistics of the averages
         themselves call torch.optim.swa_utils.update_bn(loader, model) inside.
         """
-        ema, _ = self._read()
-        return swapping.swapped(ema.model, self._pairs() if ema.updated else [], stash)
+        ema, track = self._read()
+        return swapping.swapped(ema.model, self._pairs() if track.updated else _as_they_are(ema.model), stash)
 
     def copy_to(self, model: nn.Module | None = None) -> None:
         """Write the averages into the model for good; or into another one with the same names and shapes.
@@ -91,7 +92,8 @@ class Readable(ABC):
 
         It shares the averages' storage wherever dtype and device are those of the model, so it moves with every update
         and costs no memory. Elsewhere (float32 averages of a bfloat16 model, averages on another device) it is a copy
-        in the model's dtype, to be refreshed by `ema.copy_to(teacher)`. What is not averaged is shared with the model.
+        in the model's dtype, to be refreshed by `ema.copy_to(teacher)`. Parameters that are not averaged are shared
+        with the model; buffers that are left out are copied, so that a teacher in training mode does not touch them.
         """
         ema, _ = self._read()
         memo: dict[int, Any] = {}
@@ -113,7 +115,7 @@ class Readable(ABC):
         tensors = {name: source for named, source in self._sources() if named.persistent for name in named.names}
         metadata = {
             "kind": "ModelEMA",
-            "averaged": [named.name for named in ema.bind().averaged],
+            "averaged": [name for named in ema.bind().averaged for name in named.names],
             "seed": ema.seed,
             "skipped": ema.skipped,
             **ema.step_state(),
@@ -123,7 +125,7 @@ class Readable(ABC):
         files.write(path, tensors, metadata, told)
 
     def load(self, path: str | os.PathLike[str], profile: Any = None) -> None:
-        """Resume from a file that `save` wrote.
+        """Resume from a file that `save` wrote: averages, clocks and copied buffers. The model itself is not touched.
 
         Args:
             profile: what to do where the file's profile is another one than here: by default an error that names both;
@@ -142,8 +144,14 @@ class Readable(ABC):
         yield from ((named, named.tensor.detach()) for named in binding.raw)
 
     def _pairs(self) -> list[swapping.Pair]:
-        left = {named.name for named in self._read()[0].bind().raw}
+        left = {named.name for named in self._read()[0].bind().raw if named.is_parameter}
         return [(named.tensor, source) for named, source in self._sources() if named.name not in left]
+
+
+def _as_they_are(model: nn.Module) -> list[swapping.Pair]:
+    """The weights in their own place: nothing is swapped, but all of it is put back afterwards."""
+    tensors = [named.tensor for named in named_tensors(model) if not nn.parameter.is_lazy(named.tensor)]
+    return [(tensor, tensor.detach()) for tensor in tensors]
 
 
 class View(Readable):

@@ -46,7 +46,8 @@ class ModelEMA(Readable):
         buffers: what becomes of floating buffers such as BatchNorm statistics: "copy" the newest, "average" them, or
             "leave" them out. Integers and bools are always copied.
         only: which parameters to average: globs over canonical names ("blocks.*", or a list), or a predicate
-            (name, parameter) -> bool. What is left out stays raw in `swapped` and is saved raw.
+            (name, parameter) -> bool; a tied weight counts if any of its names does. What is left out stays raw in
+            `swapped` and is saved raw.
         nonfinite: "skip" leaves an average alone where the weight is NaN or infinite, and counts that in `skipped`;
             "propagate" does not look, which is a little faster.
         capturable: keep time, weight and count on the device, as a CUDA graph needs.
@@ -93,8 +94,12 @@ class ModelEMA(Readable):
             raise ValueError(f"{type(model).__name__} has no parameters to average; build its layers first")
         if dtype not in ("auto", torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(
-                f'dtype must be "auto", torch.float32, torch.float64 or torch.bfloat16; got {dtype}. float16 averages '
-                f"would lose every weight below 6e-8: use torch.bfloat16 for half the memory."
+                f'dtype must be "auto", torch.float32, torch.float64 or torch.bfloat16; got {dtype!r}. (float16 '
+                f"averages would lose every weight below 6e-8: use torch.bfloat16 for half the memory.)"
+            )
+        if not (only is None or isinstance(only, str | Sequence) or callable(only)):
+            raise TypeError(
+                f'only must be globs like "blocks.*", or a function (name, parameter) -> bool; got {only!r}'
             )
         _one_of("buffers", buffers, ("copy", "average", "leave"))
         _one_of("nonfinite", nonfinite, ("skip", "propagate"))
@@ -114,7 +119,6 @@ class ModelEMA(Readable):
         )
         self.seed = seed
         self.copies: dict[str, Tensor] = {}
-        self.updated = False
         self._binding: Binding | None = None
         self._skipped: Any = 0
         self._handles: list[RemovableHandle] = []
@@ -136,6 +140,11 @@ class ModelEMA(Readable):
     def skipped(self) -> int:
         """How many elements were left out of an update so far, being NaN or infinite. Waits for the device."""
         return int(self._skipped + (self._binding.skipped() if self._binding else 0))
+
+    @property
+    def updated(self) -> bool:
+        """Whether any of the profiles has averaged anything yet."""
+        return any(track.updated for track in self.tracks.values())
 
     def update(self, elapsed: float = 1.0) -> None:
         """Take in the weights as they are now.
@@ -160,15 +169,15 @@ class ModelEMA(Readable):
         """
         if self._handles:
             raise RuntimeError("this ModelEMA is attached already; call ema.detach() before attaching it elsewhere")
-        if every < 1 or int(every) != every:
-            raise ValueError(f"every must be a whole number of steps, 1 or more; got {every}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of steps, 1 or more; got {every!r}")
 
         def after_step(taken: Any) -> None:
             amount = check_elapsed(elapsed() if callable(elapsed) else elapsed)
             self._waiting = self._waiting + (amount if taken is True else taken.double() * amount)
             self._waiting_at_most += amount
             self._steps += 1
-            if self._steps == every:
+            if self._steps >= every:
                 waiting, at_most = self._waiting, self._waiting_at_most
                 self._start_waiting()
                 self._update(waiting, at_most)
@@ -188,9 +197,8 @@ class ModelEMA(Readable):
         """Forget everything: the next update is the first."""
         self.refuse_if_swapped()
         for track in self.tracks.values():
-            track.clear()
-        self.copies.clear()
-        self.updated, self._binding, self._skipped = False, None, 0
+            track.restart()
+        self._binding, self._skipped = None, 0
         self._start_waiting()
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,6 +233,8 @@ class ModelEMA(Readable):
 
         Args:
             state: also as `torch.load(path, weights_only=True)` reads it, also of a model that was compiled or in DDP.
+                Load the model's own state first: one written inside `swapped()` holds the averages, and the raw weights
+                that come with it here put that right.
             profile: what to do where the saved profile is another one than here: by default an error that names both;
                 "saved" takes the saved one, "mine" keeps this one with the saved averages.
         """
@@ -241,6 +251,7 @@ class ModelEMA(Readable):
             chosen[name] = _choose_profile(what, track.profile, state["tracks"][name]["profile"], profile)
             if state["averages"]:
                 averages[name] = self._fit(what, state["averages"][name], state["absent"])
+        copied = self._check_copies(what, state["copies"])
         live = {named.name: named.tensor for named in named_tensors(self.model)}
         raw = {canonical(name, live): tensor for name, tensor in state.get("raw", {}).items()}
         if problem := mismatch(
@@ -250,7 +261,7 @@ class ModelEMA(Readable):
         with torch.inference_mode(False), torch.no_grad():
             for name, track in self.tracks.items():
                 track.load(averages.get(name, {}), state["tracks"][name], chosen[name])
-            self.copies = {canonical(name, live): copy.clone() for name, copy in state["copies"].items()}
+            self._keep(copied)
             for name, tensor in raw.items():
                 live[name].detach().copy_(tensor)
         self._resumed(state)
@@ -263,8 +274,12 @@ class ModelEMA(Readable):
         files.check_format(what, metadata, "ModelEMA")
         chosen = _choose_profile(what, track.profile, metadata["profile"], profile)
         averages = self._fit(what, {each: tensors[each] for each in metadata["averaged"] if each in tensors}, [])
+        roles = {named.name: self.policy.role(named) for named in named_tensors(self.model)}
+        buffers = {name: tensor for name, tensor in tensors.items() if roles.get(name) == "copied"}
+        copied = self._check_copies(what, buffers)
         with torch.inference_mode(False), torch.no_grad():
             track.load(averages, metadata, chosen)
+            self._keep(copied)
         self._resumed(metadata)
 
     def step_state(self) -> dict[str, Any]:
@@ -275,12 +290,14 @@ class ModelEMA(Readable):
         """The model's tensors as they are now, each with its average; before the first update a copy of the weights."""
         with torch.inference_mode(False), torch.no_grad():
             binding = self._rebind_if_moved()
-            if not self.updated and swapping.raw_weights(self.model) is None:
-                for named in binding.averaged:
-                    for track in self.tracks.values():
-                        self.policy.fill(track.averages[named.name], named.tensor)
-                for named in binding.copied:
-                    self.copies[named.name].copy_(named.tensor)
+            if swapping.raw_weights(self.model) is None:
+                for track in self.tracks.values():
+                    if not track.updated:
+                        for named in binding.averaged:
+                            self.policy.fill(track.averages[named.name], named.tensor)
+                if not self.updated:
+                    for named in binding.copied:
+                        self.copies[named.name].copy_(named.tensor)
         return binding
 
     def refuse_if_swapped(self) -> None:
@@ -292,8 +309,8 @@ class ModelEMA(Readable):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle is not attached to anything: optimizers drop their hooks likewise."""
-        self._skipped = self.skipped
-        return {**self.__dict__, "_binding": None, "_handles": []}
+        self.refuse_if_swapped()
+        return {**self.__dict__, "_skipped": self.skipped, "_binding": None, "_handles": []}
 
     def _read(self) -> tuple[ModelEMA, Track]:
         return self, next(iter(self.tracks.values()))
@@ -303,12 +320,11 @@ class ModelEMA(Readable):
 
     def _update(self, elapsed: Any, at_most: float) -> None:
         self.refuse_if_swapped()
-        if not self.updated:
+        if not all(track.updated for track in self.tracks.values()):
             self._binding = None  # what `bind` filled in since may need care: the update is prepared for what is there
         # Averages made or written in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._rebind_if_moved().run(elapsed, at_most, self.seed)
-        self.updated = True
 
     def _rebind_if_moved(self) -> Binding:
         if self._binding is None or self._binding.moved():
@@ -338,6 +354,25 @@ class ModelEMA(Readable):
             if name not in aliases
         }
 
+    def _check_copies(self, what: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The saved copies by the model's names; an error where one is of another shape than the model's buffer."""
+        mine = {n.name: n.tensor for n in named_tensors(self.model) if n.persistent and self.policy.role(n) == "copied"}
+        known = {canonical(name, mine): tensor for name, tensor in saved.items()}
+        both = {name: tensor for name, tensor in known.items() if name in mine}
+        problem = mismatch(f"{what}: the saved buffers", _shapes({n: mine[n] for n in both}), _shapes(both), "")
+        if problem:
+            raise ValueError(problem)
+        return known
+
+    def _keep(self, copies: Mapping[str, Tensor]) -> None:
+        """Take over copied buffers, in the storage that is there, for teachers that share it."""
+        for name, copy in copies.items():
+            mine = self.copies.get(name)
+            if mine is not None and (mine.shape, mine.dtype) == (copy.shape, copy.dtype):
+                mine.copy_(copy)
+            else:
+                self.copies[name] = copy.clone()
+
     def _dtype(self, named: Named | None, saved: Tensor) -> torch.dtype:
         return saved.dtype if named is None else self.policy.average_dtype(named.tensor)
 
@@ -347,7 +382,6 @@ class ModelEMA(Readable):
         self._steps, self._waiting = state["steps"], state["waiting"]
         self._waiting_at_most = state["waiting_at_most"]
         self._binding = None
-        self.updated = self.count > 0
 
 
 def _choose_profile(what: str, mine: Profile, saved_json: str, which: WhichProfile) -> Profile:

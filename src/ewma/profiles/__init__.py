@@ -98,6 +98,8 @@ def resolve(call: str, profile: Any, debias: bool = True, **knobs: float | None)
     if isinstance(profile, Real):
         raise TypeError(bare_number(call, profile))
     check_profile(profile)
+    if not debias:
+        raise TypeError("debias= belongs to the profile: Exponential(half_life=..., debias=False)")
     given = [name for name, value in knobs.items() if value is not None]
     if given:
         raise TypeError(f"got {profile!r} and {given[0]}=: keep one of them, for example {call}{profile!r})")

@@ -13,7 +13,8 @@ from ewma.profiles.base import Profile, Scalar, above_zero, call, check_profile,
 class after(Profile):
     """Follow the newest value until `start` (in steps), then begin `profile` there, as if all before had not been.
 
-    `after(start=75_000, profile=Uniform())` is SWA; with `Exponential` it is the usual "update_after_step".
+    `after(start=75_000, profile=Uniform())` is SWA; with `Exponential` it is the usual "update_after_step". An update
+    that spans the start counts for the part of its elapsed that lies after it.
     """
 
     start: float
