@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ewma import files, swapping
+from ewma import files, states, swapping
 from ewma.names import Named, mismatch, named_tensors, unwrap
 from ewma.profiles import Profile
 
@@ -133,7 +133,8 @@ class Readable(ABC):
         """
         tensors, metadata = files.read(path)
         ema, track = self._read()
-        ema.load_track(track, os.fspath(path), tensors, metadata, profile)
+        ema.refuse_if_swapped()
+        states.restore_track(ema, track, os.fspath(path), tensors, metadata, profile)
 
     def _sources(self) -> Iterator[tuple[Named, Tensor]]:
         """Each tensor of the model, and what the averaged model has in its place."""

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from ewma import files, hooks, profiles, swapping
+from ewma import hooks, profiles, states, swapping
 from ewma.binding import Binding, Policy
-from ewma.names import Named, canonical, mismatch, named_tensors
 from ewma.profiles import Profile
 from ewma.recurrence import check_elapsed
+from ewma.states import WhichProfile, one_of
 from ewma.tracks import Track
 from ewma.views import Readable, View
-
-WhichProfile: TypeAlias = Literal["saved", "mine"] | None
 
 
 class ModelEMA(Readable):
@@ -101,8 +98,8 @@ class ModelEMA(Readable):
             raise TypeError(
                 f'only must be globs like "blocks.*", or a function (name, parameter) -> bool; got {only!r}'
             )
-        _one_of("buffers", buffers, ("copy", "average", "leave"))
-        _one_of("nonfinite", nonfinite, ("skip", "propagate"))
+        one_of("buffers", buffers, ("copy", "average", "leave"))
+        one_of("nonfinite", nonfinite, ("skip", "propagate"))
         knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
         several = profile if isinstance(profile, Mapping) and profile else {"average": profile}
         self.tracks = {
@@ -207,26 +204,7 @@ class ModelEMA(Readable):
         The tensors are the averages themselves, as in torch's own state dicts. Written while the averages are swapped
         in, it also holds the raw weights, and `load_state_dict` puts those back into the model.
         """
-        present = {named.name: named.names for named in self.bind().averaged} if self.updated else {}
-        state = {
-            "format": files.FORMAT,
-            "kind": "ModelEMA",
-            "seed": self.seed,
-            "skipped": self.skipped,
-            **self.step_state(),
-            "tracks": {name: track.clock_state() for name, track in self.tracks.items()},
-            "averages": {
-                name: {alias: average for own, average in track.averages.items() for alias in present.get(own, (own,))}
-                for name, track in self.tracks.items()
-                if self.updated
-            },
-            "absent": sorted(self._read()[1].averages.keys() - present.keys()) if self.updated else [],
-            "copies": dict(self.copies) if self.updated else {},
-        }
-        raw = swapping.raw_weights(self.model)
-        if raw:
-            state["raw"] = {n.name: raw[id(n.tensor)] for n in named_tensors(self.model) if id(n.tensor) in raw}
-        return state
+        return states.collect(self)
 
     def load_state_dict(self, state: Mapping[str, Any], profile: WhichProfile = None) -> None:
         """Resume from what `state_dict` gave; nothing changes unless all of it fits.
@@ -239,48 +217,15 @@ class ModelEMA(Readable):
                 "saved" takes the saved one, "mine" keeps this one with the saved averages.
         """
         self.refuse_if_swapped()
-        what = "ModelEMA.load_state_dict"
-        files.check_format(what, state, "ModelEMA")
-        if state["tracks"].keys() != self.tracks.keys():
-            raise ValueError(
-                f"{what}: expected the profiles {sorted(self.tracks)}, as this ModelEMA was made with; the state has "
-                f"{sorted(state['tracks'])}"
-            )
-        chosen, averages = {}, {}
-        for name, track in self.tracks.items():
-            chosen[name] = _choose_profile(what, track.profile, state["tracks"][name]["profile"], profile)
-            if state["averages"]:
-                averages[name] = self._fit(what, state["averages"][name], state["absent"])
-        copied = self._check_copies(what, state["copies"])
-        live = {named.name: named.tensor for named in named_tensors(self.model)}
-        raw = {canonical(name, live): tensor for name, tensor in state.get("raw", {}).items()}
-        if problem := mismatch(
-            f"{what}, raw weights", _shapes({n: live[n] for n in raw if n in live}), _shapes(raw), ""
-        ):
-            raise ValueError(problem)
-        with torch.inference_mode(False), torch.no_grad():
-            for name, track in self.tracks.items():
-                track.load(averages.get(name, {}), state["tracks"][name], chosen[name])
-            self._keep(copied)
-            for name, tensor in raw.items():
-                live[name].detach().copy_(tensor)
-        self._resumed(state)
+        states.restore(self, state, profile)
 
-    def load_track(
-        self, track: Track, what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], profile: WhichProfile
-    ) -> None:
-        """Resume one profile from a file's tensors and metadata; `View.load` reads them."""
-        self.refuse_if_swapped()
-        files.check_format(what, metadata, "ModelEMA")
-        chosen = _choose_profile(what, track.profile, metadata["profile"], profile)
-        averages = self._fit(what, {each: tensors[each] for each in metadata["averaged"] if each in tensors}, [])
-        roles = {named.name: self.policy.role(named) for named in named_tensors(self.model)}
-        buffers = {name: tensor for name, tensor in tensors.items() if roles.get(name) == "copied"}
-        copied = self._check_copies(what, buffers)
-        with torch.inference_mode(False), torch.no_grad():
-            track.load(averages, metadata, chosen)
-            self._keep(copied)
-        self._resumed(metadata)
+    def resumed(self, state: Mapping[str, Any]) -> None:
+        """Go on with the numbers of a state whose averages have been taken over."""
+        self.seed = state["seed"]
+        self._skipped = state["skipped"]
+        self._steps, self._waiting = state["steps"], state["waiting"]
+        self._waiting_at_most = state["waiting_at_most"]
+        self._binding = None
 
     def step_state(self) -> dict[str, Any]:
         """What `attach(every=k)` has gathered since the last update."""
@@ -333,72 +278,3 @@ class ModelEMA(Readable):
             self._binding = None
             self._binding = Binding(self.model, self.policy, list(self.tracks.values()), self.copies)
         return self._binding
-
-    def _fit(self, what: str, saved: Mapping[str, Tensor], absent: Sequence[str]) -> dict[str, Tensor]:
-        """The saved averages by the model's names, at least as precise as asked for; an error where they do not fit."""
-        averaged = [named for named in named_tensors(self.model) if self.policy.role(named) == "averaged"]
-        own = {alias: named for named in averaged for alias in named.names}
-        known = {canonical(name, own.keys()): tensor for name, tensor in saved.items()}
-        aliases = {alias for named in averaged for alias in named.names[1:]}
-        problem = mismatch(
-            f"{what}: the saved averages are not of this model",
-            {n.name: tuple(n.tensor.shape) for n in averaged if not is_lazy(n.tensor)},
-            {name: shape for name, shape in _shapes(known).items() if name not in aliases and name not in absent},
-            "Nothing was loaded. Build the model as it was when they were saved, with the same only= and buffers=.",
-        )
-        if problem:
-            raise ValueError(problem)
-        return {
-            name: tensor.to(torch.promote_types(tensor.dtype, self._dtype(own.get(name), tensor)))
-            for name, tensor in known.items()
-            if name not in aliases
-        }
-
-    def _check_copies(self, what: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The saved copies by the model's names; an error where one is of another shape than the model's buffer."""
-        mine = {n.name: n.tensor for n in named_tensors(self.model) if n.persistent and self.policy.role(n) == "copied"}
-        known = {canonical(name, mine): tensor for name, tensor in saved.items()}
-        both = {name: tensor for name, tensor in known.items() if name in mine}
-        problem = mismatch(f"{what}: the saved buffers", _shapes({n: mine[n] for n in both}), _shapes(both), "")
-        if problem:
-            raise ValueError(problem)
-        return known
-
-    def _keep(self, copies: Mapping[str, Tensor]) -> None:
-        """Take over copied buffers, in the storage that is there, for teachers that share it."""
-        for name, copy in copies.items():
-            mine = self.copies.get(name)
-            if mine is not None and (mine.shape, mine.dtype) == (copy.shape, copy.dtype):
-                mine.copy_(copy)
-            else:
-                self.copies[name] = copy.clone()
-
-    def _dtype(self, named: Named | None, saved: Tensor) -> torch.dtype:
-        return saved.dtype if named is None else self.policy.average_dtype(named.tensor)
-
-    def _resumed(self, state: Mapping[str, Any]) -> None:
-        self.seed = state["seed"]
-        self._skipped = state["skipped"]
-        self._steps, self._waiting = state["steps"], state["waiting"]
-        self._waiting_at_most = state["waiting_at_most"]
-        self._binding = None
-
-
-def _choose_profile(what: str, mine: Profile, saved_json: str, which: WhichProfile) -> Profile:
-    _one_of("profile", which, (None, "saved", "mine"))
-    saved = profiles.from_json(saved_json)
-    if saved != mine and which is None:
-        raise ValueError(
-            f"{what}: saved with {saved!r}, but this ModelEMA has {mine!r}. Nothing was loaded. Pass "
-            f'profile="saved" to go on with the saved one, or profile="mine" to keep this one.'
-        )
-    return saved if which == "saved" else mine
-
-
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -1,0 +1,160 @@
+"""A ModelEMA's state: collected for saving, and taken over again, all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ewma import files, profiles, swapping
+from ewma.names import Named, canonical, mismatch, named_tensors
+from ewma.profiles import Profile
+
+if TYPE_CHECKING:
+    from ewma.tracks import Track
+    from ewma.weights import ModelEMA
+
+WhichProfile: TypeAlias = Literal["saved", "mine"] | None
+
+
+def collect(ema: ModelEMA) -> dict[str, Any]:
+    """What `ModelEMA.state_dict` gives."""
+    present = {named.name: named.names for named in ema.bind().averaged} if ema.updated else {}
+    state = {
+        "format": files.FORMAT,
+        "kind": "ModelEMA",
+        "seed": ema.seed,
+        "skipped": ema.skipped,
+        **ema.step_state(),
+        "tracks": {name: track.clock_state() for name, track in ema.tracks.items()},
+        "averages": {
+            name: {alias: average for own, average in track.averages.items() for alias in present.get(own, (own,))}
+            for name, track in ema.tracks.items()
+            if ema.updated
+        },
+        "absent": sorted(next(iter(ema.tracks.values())).averages.keys() - present.keys()) if ema.updated else [],
+        "copies": dict(ema.copies) if ema.updated else {},
+    }
+    raw = swapping.raw_weights(ema.model)
+    if raw:
+        state["raw"] = {n.name: raw[id(n.tensor)] for n in named_tensors(ema.model) if id(n.tensor) in raw}
+    return state
+
+
+def restore(ema: ModelEMA, state: Mapping[str, Any], profile: WhichProfile) -> None:
+    """Take over what `collect` gave."""
+    what = "ModelEMA.load_state_dict"
+    files.check_format(what, state, "ModelEMA")
+    if state["tracks"].keys() != ema.tracks.keys():
+        raise ValueError(
+            f"{what}: expected the profiles {sorted(ema.tracks)}, as this ModelEMA was made with; the state has "
+            f"{sorted(state['tracks'])}"
+        )
+    chosen, averages = {}, {}
+    for name, track in ema.tracks.items():
+        chosen[name] = _choose_profile(what, track.profile, state["tracks"][name]["profile"], profile)
+        if state["averages"]:
+            averages[name] = _fit(ema, what, state["averages"][name], state["absent"])
+    copied = _check_copies(ema, what, state["copies"])
+    live = {named.name: named.tensor for named in named_tensors(ema.model)}
+    raw = {canonical(name, live): tensor for name, tensor in state.get("raw", {}).items()}
+    if problem := mismatch(f"{what}, raw weights", _shapes({n: live[n] for n in raw if n in live}), _shapes(raw), ""):
+        raise ValueError(problem)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, track in ema.tracks.items():
+            track.load(averages.get(name, {}), state["tracks"][name], chosen[name])
+        _keep(ema, copied)
+        for name, tensor in raw.items():
+            live[name].detach().copy_(tensor)
+    ema.resumed(state)
+
+
+def restore_track(
+    ema: ModelEMA,
+    track: Track,
+    what: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    profile: WhichProfile,
+) -> None:
+    """Take over one profile from a file's tensors and metadata."""
+    files.check_format(what, metadata, "ModelEMA")
+    chosen = _choose_profile(what, track.profile, metadata["profile"], profile)
+    averages = _fit(ema, what, {each: tensors[each] for each in metadata["averaged"] if each in tensors}, [])
+    roles = {named.name: ema.policy.role(named) for named in named_tensors(ema.model)}
+    buffers = {name: tensor for name, tensor in tensors.items() if roles.get(name) == "copied"}
+    copied = _check_copies(ema, what, buffers)
+    with torch.inference_mode(False), torch.no_grad():
+        track.load(averages, metadata, chosen)
+        _keep(ema, copied)
+    ema.resumed(metadata)
+
+
+def _fit(ema: ModelEMA, what: str, saved: Mapping[str, Tensor], absent: Sequence[str]) -> dict[str, Tensor]:
+    """The saved averages by the model's names, at least as precise as asked for; an error where they do not fit."""
+    averaged = [named for named in named_tensors(ema.model) if ema.policy.role(named) == "averaged"]
+    own = {alias: named for named in averaged for alias in named.names}
+    known = {canonical(name, own.keys()): tensor for name, tensor in saved.items()}
+    aliases = {alias for named in averaged for alias in named.names[1:]}
+    problem = mismatch(
+        f"{what}: the saved averages are not of this model",
+        {n.name: tuple(n.tensor.shape) for n in averaged if not is_lazy(n.tensor)},
+        {name: shape for name, shape in _shapes(known).items() if name not in aliases and name not in absent},
+        "Nothing was loaded. Build the model as it was when they were saved, with the same only= and buffers=.",
+    )
+    if problem:
+        raise ValueError(problem)
+    return {
+        name: tensor.to(torch.promote_types(tensor.dtype, _kept_dtype(ema, own.get(name), tensor)))
+        for name, tensor in known.items()
+        if name not in aliases
+    }
+
+
+def _kept_dtype(ema: ModelEMA, named: Named | None, saved: Tensor) -> torch.dtype:
+    return saved.dtype if named is None else ema.policy.average_dtype(named.tensor)
+
+
+def _check_copies(ema: ModelEMA, what: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved copies by the model's names; an error where one is of another shape than the model's buffer."""
+    mine = {n.name: n.tensor for n in named_tensors(ema.model) if n.persistent and ema.policy.role(n) == "copied"}
+    known = {canonical(name, mine): tensor for name, tensor in saved.items()}
+    both = {name: tensor for name, tensor in known.items() if name in mine}
+    problem = mismatch(f"{what}: the saved buffers", _shapes({n: mine[n] for n in both}), _shapes(both), "")
+    if problem:
+        raise ValueError(problem)
+    return known
+
+
+def _keep(ema: ModelEMA, copies: Mapping[str, Tensor]) -> None:
+    """Take over copied buffers, in the storage that is there, for teachers that share it."""
+    for name, copy in copies.items():
+        mine = ema.copies.get(name)
+        if mine is not None and (mine.shape, mine.dtype) == (copy.shape, copy.dtype):
+            mine.copy_(copy)
+        else:
+            ema.copies[name] = copy.clone()
+
+
+def _choose_profile(what: str, mine: Profile, saved_json: str, which: WhichProfile) -> Profile:
+    one_of("profile", which, (None, "saved", "mine"))
+    saved = profiles.from_json(saved_json)
+    if saved != mine and which is None:
+        raise ValueError(
+            f"{what}: saved with {saved!r}, but this ModelEMA has {mine!r}. Nothing was loaded. Pass "
+            f'profile="saved" to go on with the saved one, or profile="mine" to keep this one.'
+        )
+    return saved if which == "saved" else mine
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse a value that is not among the choices, which the text lists."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
