@@ -112,3 +112,12 @@ def test_ddp_leaves_no_trace(small: Small, tmp_path) -> None:
         assert names(nn.parallel.DistributedDataParallel(small)) == expected
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_shared_buffer_is_persistent_if_any_of_its_names_is() -> None:
+    model, shared = nn.Sequential(nn.Identity(), nn.Identity()), torch.zeros(2)
+    model[0].register_buffer("kept", shared)
+    model[1].register_buffer("dropped", shared, persistent=False)
+    (named,) = named_tensors(model)
+    assert named.names == ("0.kept", "1.dropped")
+    assert named.persistent

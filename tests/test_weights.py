@@ -905,3 +905,13 @@ def test_a_whole_checkpoint_in_place_of_its_part(small: Small) -> None:
         ema.load_state_dict({"model": small.state_dict(), "ema": ema.state_dict()})
     with pytest.raises(TypeError, match="elapsed must be a number: .* got Small"):
         ema.update(small)
+
+
+def test_coarse_averages_are_kept_finer_from_loading_on() -> None:
+    model = nn.Linear(4, 4)
+    coarse = ewma.ModelEMA(model, decay=DECAY, dtype=torch.bfloat16)
+    coarse.update()
+    fine = ewma.ModelEMA(model, decay=DECAY)
+    fine.load_state_dict(coarse.state_dict())
+    assert averages(fine)["weight"].dtype == torch.float32
+    assert torch.equal(averages(fine)["weight"], averages(coarse)["weight"].float())
