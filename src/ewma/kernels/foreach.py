@@ -91,7 +91,7 @@ class ForeachLerp:
     ) -> None:
         self.guard = guard
         self.skipped: Any = 0
-        self.blocks = list(_blocks(values, averages, streams))
+        self.blocks = list(_blocks(values, averages, streams, guard))
         self.rounding: dict[torch.device, Rounding] = {}
 
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
@@ -177,7 +177,9 @@ def _careful(average: Tensor, value: Tensor, coefficient: Coefficient) -> Tensor
     return torch.where(torch.isfinite(moved), moved, split)
 
 
-def _blocks(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int]) -> Iterator[Block]:
+def _blocks(
+    values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
+) -> Iterator[Block]:
     scratch: dict[torch.device, Tensor] = {}
     wide = _wide(values[0].dtype, averages[0][0].dtype) if values else None
 
@@ -199,7 +201,7 @@ def _blocks(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], stre
             scratch_space = room(value.numel(), average)
             into = scratch_space.as_strided(average.shape, average.stride())
             yield Converted(value, into, scratch_space, [[a] for a in whole], [(stream, 0)])
-        elif value.device == average.device and value.numel() < PACKED:
+        elif value.device == average.device and value.numel() < PACKED and (guard or not in_place):
             small.append(index)
         else:
             size = _even(value.numel(), BLOCK if in_place else CONVERTED_BLOCK)
