@@ -915,3 +915,30 @@ def test_coarse_averages_are_kept_finer_from_loading_on() -> None:
     fine.load_state_dict(coarse.state_dict())
     assert averages(fine)["weight"].dtype == torch.float32
     assert torch.equal(averages(fine)["weight"], averages(coarse)["weight"].float())
+
+
+def test_loading_one_of_two_profiles_afresh_in_another_layout(tmp_path: Path) -> None:
+    several = {"fast": ewma.Exponential(decay=DECAY), "slow": ewma.Exponential(decay=0.99)}
+    plain = ewma.ModelEMA(nn.Conv2d(3, 5, 3), several)
+    plain.update()
+    plain["fast"].save(tmp_path / "fast")
+    fresh = ewma.ModelEMA(nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), several)
+    fresh["fast"].load(tmp_path / "fast")
+    assert same(averages(fresh["fast"]), averages(plain["fast"]))
+    fresh.update()
+    assert torch.equal(averages(fresh["slow"])["weight"], fresh.model.weight)
+
+
+def test_an_absent_parameter_keeps_its_time_even_where_all_that_began_with_it_are_absent() -> None:
+    model = nn.Module()
+    model.early = nn.Parameter(torch.zeros(1))
+    ema = ewma.ModelEMA(model, decay=DECAY)
+    ema.update()
+    early, model.early, model.late = model.early, None, nn.Parameter(torch.ones(1))
+    for _ in range(20):
+        ema.update()
+    model.early = early
+    with torch.no_grad():
+        early.fill_(1.0)
+    ema.update()
+    assert averages(ema)["early"].item() == pytest.approx(1 / (1 + DECAY))

@@ -165,7 +165,6 @@ class Binding:
 
     def _adopt(self) -> None:
         """Give every tensor that has none an average, and every average the place and the clock it needs."""
-        self._align()
         for track in self.tracks:
             new: dict[str, Tensor] = {}
             for named in self.averaged:
@@ -184,11 +183,12 @@ class Binding:
             if self.policy.capturable:
                 for clock in (track.clock, *track.clocks.values()):
                     clock.on_device(next(iter(track.averages.values())).new_empty((), dtype=torch.float64))
+        self._align()
 
     def _align(self) -> None:
         """One dtype and layout for a tensor's averages in all tracks; loading one of them may have changed its own."""
         for named in self.averaged:
-            several = [track.averages[named.name] for track in self.tracks if named.name in track.averages]
+            several = [track.averages[named.name] for track in self.tracks]
             if len({(average.dtype, average.stride()) for average in several}) > 1:
                 dtype = reduce(torch.promote_types, (average.dtype for average in several))
                 for track in self.tracks:

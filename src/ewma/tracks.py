@@ -52,7 +52,7 @@ class Track:
         stopped: dict[int, Recurrence] = {}
         for name in self.averages.keys() - present:
             clock = self.clock_of(name)
-            if any(self.clock_of(other) is clock for other in present if other in self.averages):
+            if clock is self.clock or any(self.clock_of(other) is clock for other in present if other in self.averages):
                 self.clocks[name] = stopped.setdefault(id(clock), clock.copy())
 
     def clock_state(self) -> dict[str, Any]:
