@@ -5,16 +5,13 @@ Plain floats and NumPy arrays are averaged without torch being imported.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any
 
 from ewma import files, profiles
-from ewma.profiles import Exponential, Profile, carry
-from ewma.recurrence import Recurrence, Weigh, check_elapsed, toward, weighing
-
-Array: TypeAlias = Any  # a NumPy array or a torch tensor
+from ewma.cells import CELLS, Cell, kind_of
+from ewma.profiles import Profile
+from ewma.recurrence import Recurrence, Weigh, check_elapsed, weighing
 
 
 class EMA:
@@ -68,7 +65,7 @@ class EMA:
         """Forget everything: the next update is the first."""
         self.count = 0
         self._named: bool | None = None
-        self._cells: dict[str, _Number | _Array] = {}
+        self._cells: dict[str, Cell] = {}
 
     @property
     def skipped(self) -> int:
@@ -151,18 +148,18 @@ class EMA:
                 f"the state was saved with {saved!r} by {state['weigh']}, but this EMA has {self.profile!r} by "
                 f"{self.weigh}. Make it with the saved ones to go on."
             )
-        cells = {name: self._kind(part["kind"])(self.profile, self.weigh) for name, part in state["cells"].items()}
+        cells = {name: CELLS[part["kind"]](self.profile, self.weigh) for name, part in state["cells"].items()}
         for name, cell in cells.items():
             cell.load(state["cells"][name])
         self._cells, self._named, self.count = cells, state["named"], state["count"]
 
-    def _cell(self, name: str, x: Any, call: str = "EMA.update") -> _Number | _Array:
+    def _cell(self, name: str, x: Any, call: str = "EMA.update") -> Cell:
         """The cell that averages x, checked to fit; new where there is none yet."""
         if not isinstance(name, str):
             raise TypeError(f"{call}: a dict's names must be strings; got {name!r}")
         where = f"{call}, {name!r}" if name else call
         cell = self._cells.get(name)
-        kind = self._kind(_kind_of(where, x))
+        kind = CELLS[kind_of(where, x)]
         if cell is None:
             cell = kind(self.profile, self.weigh)
         elif type(cell) is not kind:
@@ -172,233 +169,3 @@ class EMA:
             )
         cell.check(where, x)
         return cell
-
-    @staticmethod
-    def _kind(kind: str) -> type[_Number | _Array]:
-        kinds: dict[str, type[_Number | _Array]] = {"number": _Number, "numpy": _NumpyArray, "torch": _TorchArray}
-        return kinds[kind]
-
-
-def _kind_of(where: str, x: Any) -> str:
-    if isinstance(x, Real):
-        return "number"
-    if hasattr(x, "detach"):
-        if not x.is_complex():
-            return "torch"
-    elif hasattr(x, "__array__") and x.dtype.kind in "fiub":
-        return "numpy" if hasattr(x, "__setitem__") else "number"  # NumPy's scalars, of which not all are Real
-    raise TypeError(
-        f"{where}: expected a real number, a NumPy array or a torch tensor, or a dict of these; got {type(x).__name__}"
-        f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array "
-        f"with numpy.asarray(x); what is missing (None) is left out of a dict."
-    )
-
-
-class _Number:
-    """The running mean of plain floats."""
-
-    kind = "number"
-
-    def __init__(self, profile: Profile, weigh: Weigh) -> None:
-        self.recurrence = Recurrence(profile, weigh)
-        self.mean = 0.0
-        self.skipped = 0
-
-    def check(self, where: str, x: Any) -> None:
-        try:
-            float(x)
-        except OverflowError as error:
-            raise ValueError(f"{where}: expected a number that a float can hold; got one too large") from error
-
-    def update(self, x: float, elapsed: float) -> None:
-        x = float(x)
-        if math.isfinite(x):
-            self.mean = toward(self.mean, x, self.recurrence.advance(elapsed))
-        else:
-            self.recurrence.miss(elapsed)
-            self.skipped += 1
-
-    def get(self) -> float:
-        return self.mean if self.recurrence.count else math.nan
-
-    def merge(self, later: Any) -> None:
-        self.mean = toward(self.mean, later.mean, self.recurrence.merge(later.recurrence))
-        self.skipped += later.skipped
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "mean": self.mean, "skipped": self.skipped, **self.recurrence.numbers()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.mean, self.skipped = state["mean"], state["skipped"]
-        self.recurrence.load(dict(state))
-
-
-class _Array:
-    """The running mean of arrays: mean and weight for each element, since each may miss other values.
-
-    Written once for NumPy and torch, whose `where` and `isfinite` agree.
-    """
-
-    kind: str
-
-    def __init__(self, profile: Profile, weigh: Weigh) -> None:
-        self.recurrence = Recurrence(profile, weigh)
-        self.dtype: Any = None
-        self.mean: Array = None
-        self.weight: Array = None
-        self.seen: Array = None  # what elapsed over the values that were not skipped: what merging needs
-        self.skipped: Any = 0
-
-    @property
-    def module(self) -> Any:
-        """numpy or torch."""
-        raise NotImplementedError
-
-    def wide(self, x: Array) -> Array:
-        """x in float64 and without gradient."""
-        raise NotImplementedError
-
-    def narrow(self, x: Array) -> Array:
-        """x in the dtype of the first value, in memory of its own."""
-        raise NotImplementedError
-
-    def begin(self, x: Array) -> None:
-        self.mean, self.weight, self.seen = (self.module.zeros_like(self.wide(x)) for _ in range(3))
-        self.dtype = x.dtype
-
-    def check(self, where: str, x: Array) -> None:
-        if self.mean is None:
-            return
-        if tuple(x.shape) != tuple(self.mean.shape):
-            raise ValueError(
-                f"{where}: expected shape {list(self.mean.shape)}, as at the first update; got {list(x.shape)}. Use "
-                f"one EMA for each shape, or call ema.reset()."
-            )
-
-    def update(self, x: Array, elapsed: float) -> None:
-        if self.mean is None:
-            self.begin(x)
-        recurrence, where = self.recurrence, self.module.where
-        recurrence.time += elapsed
-        keep, lost, gain = recurrence.terms(recurrence.time, elapsed)
-        x = self.wide(x)
-        finite = self.module.isfinite(x)
-        counted = self.wide(finite)  # 1 or 0: a bool times a float would be a float32
-        if not recurrence.profile.debias:
-            gain = gain + self.wide(self.seen == 0) * (1.0 - gain)
-        self.weight = where(finite, carry(self.weight, keep, lost, gain), self.weight)
-        self.seen = self.seen + counted * elapsed
-        self.mean = self._toward(where(finite, x, self.mean), counted * self._share(gain))
-        self.skipped = self.skipped + (~finite).sum()
-
-    def get(self) -> Array:
-        return self.narrow(self.module.where(self.seen == 0, math.nan, self.mean))
-
-    def merge(self, later: Any) -> None:
-        if self.mean is None:
-            self.begin(later.get())
-        profile, seen = self.recurrence.profile, later.seen + self.wide(later.seen == 0)
-        kept = self.module.exp(-profile.rate * seen) if isinstance(profile, Exponential) else 1.0
-        kept = self.module.where(later.seen == 0, self.wide(later.seen == 0), kept)  # 1, of nothing that came later
-        self.weight = kept * self.weight + later.weight
-        self.mean = self._toward(later.mean, self.wide(later.seen > 0) * self._share(later.weight))
-        self.recurrence.time += later.recurrence.time
-        self.seen = self.seen + later.seen
-        self.skipped = self.skipped + later.skipped
-
-    def state(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _share(self, gain: Array) -> Array:
-        """`gain / weight`; all of it where nothing has had weight so far."""
-        nothing = self.wide(self.weight == 0)
-        return nothing + gain / (self.weight + nothing)
-
-    def _toward(self, x: Array, coefficient: Array) -> Array:
-        difference = x - self.mean
-        moved = self.mean + coefficient * difference
-        return self.module.where(
-            self.module.isfinite(difference), moved, (1.0 - coefficient) * self.mean + coefficient * x
-        )
-
-
-class _NumpyArray(_Array):
-    kind = "numpy"
-
-    @property
-    def module(self) -> Any:
-        import numpy
-
-        return numpy
-
-    def wide(self, x: Array) -> Array:
-        return self.module.asarray(x, dtype=self.module.float64)
-
-    def narrow(self, x: Array) -> Array:
-        return self.module.array(x, dtype=self.dtype if self.dtype.kind == "f" else self.module.float64)
-
-    def update(self, x: Array, elapsed: float) -> None:
-        with self.module.errstate(all="ignore"):  # what overflows on the way is computed otherwise, or left out
-            super().update(x, elapsed)
-
-    def merge(self, later: Any) -> None:
-        with self.module.errstate(all="ignore"):
-            super().merge(later)
-
-    def state(self) -> dict[str, Any]:
-        lists = {name: getattr(self, name).ravel().tolist() for name in ("mean", "weight", "seen")}
-        about = {
-            "kind": self.kind,
-            "dtype": self.dtype.str,
-            "shape": list(self.mean.shape),
-            "skipped": int(self.skipped),
-        }
-        return {**about, **lists, "time": self.recurrence.time}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.dtype, self.skipped = self.module.dtype(state["dtype"]), state["skipped"]
-        self.recurrence.time = state["time"]
-        for name in ("mean", "weight", "seen"):
-            setattr(self, name, self.module.array(state[name], dtype=float).reshape(state["shape"]))
-
-
-class _TorchArray(_Array):
-    kind = "torch"
-
-    @property
-    def module(self) -> Any:
-        import torch
-
-        return torch
-
-    def wide(self, x: Array) -> Array:
-        return x.detach().to(self.module.float64)
-
-    def narrow(self, x: Array) -> Array:
-        return x.to(self.dtype if self.dtype.is_floating_point else self.module.float64)
-
-    def update(self, x: Array, elapsed: float) -> None:
-        with self.module.inference_mode(False), self.module.no_grad():
-            super().update(x, elapsed)
-
-    def state(self) -> dict[str, Any]:
-        tensors = {name: getattr(self, name).clone() for name in ("mean", "weight", "seen")}
-        about = {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "skipped": int(self.skipped)}
-        return {**about, **tensors, "time": self.recurrence.time}
-
-    def check(self, where: str, x: Array) -> None:
-        super().check(where, x)
-        if self.mean is not None and x.device != self.mean.device:
-            raise ValueError(
-                f"{where}: expected a tensor on device {self.mean.device}, as at the first update; got one on "
-                f"{x.device}. Move it there, or call ema.reset()."
-            )
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.dtype, self.skipped = getattr(self.module, state["dtype"]), state["skipped"]
-        self.recurrence.time = state["time"]
-        for name in ("mean", "weight", "seen"):
-            setattr(self, name, state[name].clone())
