@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ewma import kernels
-from ewma.kernels import foreach, noise, reference, word
+from ewma.kernels import foreach, noise, reference
+from ewma.kernels.noise import word
 
 bf16, f16, f32, f64, f8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn
 NAN, INF = math.nan, math.inf

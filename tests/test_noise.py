@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ewma.kernels import noise, word
+from ewma.kernels import noise
+from ewma.kernels.noise import word
 
 ROUNDED = [torch.float32, torch.bfloat16]
 MANY = 1 << 18

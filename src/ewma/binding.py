@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ewma import kernels
+from ewma.kernels.noise import word
 from ewma.names import Named, named_tensors
 from ewma.profiles import Exponential
 from ewma.recurrence import Recurrence
@@ -152,7 +153,7 @@ class Binding:
         for update, used, dtype in self.updates:
             mine = [coefficients[id(clock)] for clock in used]
             words = [
-                kernels.word(seed, count) if _stalls(dtype, coefficient, clock, at_most) else None
+                word(seed, count) if _stalls(dtype, coefficient, clock, at_most) else None
                 for count, coefficient, clock in zip(counts, mine, used, strict=True)
             ]
             update(mine, words)

@@ -3,6 +3,8 @@
 A kernel is a module with `lerp(values, averages, streams, guard)`: it prepares, once, the update of many averages from
 many values, and returns a `Lerp` to be called at every step. Coefficients are floats; or 0-dim float64 tensors where
 only the device knows them, and then nothing waits for it. `EWMA_KERNEL=reference` (or `foreach`) forces one.
+
+Nothing is imported before it is needed: what works on NumPy arrays never brings torch.
 """
 
 from __future__ import annotations
@@ -10,19 +12,17 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from ewma.kernels.noise import word
-
-__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "lerp", "word"]
+__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "lerp"]
 
 KERNELS = ("reference", "foreach")
 
-Coefficient: TypeAlias = float | Tensor
-Word: TypeAlias = int | Tensor
+Coefficient: TypeAlias = "float | Tensor"
+Word: TypeAlias = "int | Tensor"
 
 
 class Lerp(Protocol):
@@ -61,13 +61,3 @@ def lerp(
     if name not in KERNELS:
         raise ValueError(f"EWMA_KERNEL={name}: no kernel has that name; there are {', '.join(KERNELS)}")
     return cast(Lerp, importlib.import_module(f"ewma.kernels.{name}").lerp(values, averages, streams, guard))
-
-
-def dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without holes or overlaps, in whatever order."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """All elements of a dense tensor as one vector, in the order of memory, without a copy."""
-    return tensor.as_strided((tensor.numel(),), (1,))

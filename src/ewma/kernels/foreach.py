@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewma.kernels import Coefficient, Word, dense, flat
+from ewma.kernels import Coefficient, Word
+from ewma.kernels.layout import dense, flat
 from ewma.kernels.noise import DROPPED, FIRST, GOLDEN, MASK, SECOND
 
 BLOCK = 1 << 20

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewma.kernels import Coefficient, Word, dense, flat, noise
+from ewma.kernels import Coefficient, Word, noise
+from ewma.kernels.layout import dense, flat
 
 
 class ReferenceLerp:

@@ -1,0 +1,16 @@
+"""How a tensor lies in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without holes or overlaps, in whatever order."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """All elements of a dense tensor as one vector, in the order of memory, without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,))
