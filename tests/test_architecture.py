@@ -14,13 +14,15 @@ ROOT = Path(importlib.util.find_spec("ewma").submodule_search_locations[0])
 
 # Each module may import those in lower floors; on one floor only what is named with it.
 FLOORS = [
-    {"profiles": set()},
-    {"recurrence": set()},
-    {"kernels": set(), "files": set(), "names": set()},
-    {"cells": set(), "hooks": set(), "swapping": set(), "tracks": set()},
+    {"profiles": set(), "arrays": set()},
+    {"recurrence": set(), "columns": set(), "values": set()},
+    {"kernels": set(), "files": set(), "names": set(), "weighting": set(), "stamps": set()},
+    {"moments": set(), "rules": set(), "hooks": set(), "swapping": set(), "tracks": set()},
+    {"sweep": set()},
+    {"cells": set()},
     {"binding": set(), "states": set()},
     {"views": set()},
-    {"series": set(), "weights": set(), "gradients": set(), "nn": set()},
+    {"series": set(), "smoothing": set(), "weights": set(), "gradients": set(), "nn": set()},
     {"posthoc": set(), "checkpoints": set(), "logs": set()},
     {"cli": set(), "integrations": set()},
 ]

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from ewma import nn, profiles
     from ewma.profiles import Exponential, Power, Uniform
     from ewma.series import EMA
+    from ewma.smoothing import ewm, smooth
     from ewma.weights import ModelEMA
 
-__all__ = ["EMA", "Exponential", "ModelEMA", "Power", "Uniform", "nn", "profiles"]
+__all__ = ["EMA", "Exponential", "ModelEMA", "Power", "Uniform", "ewm", "nn", "profiles", "smooth"]
 
 _HOME = {
     "EMA": "ewma.series",
@@ -19,6 +20,8 @@ _HOME = {
     "ModelEMA": "ewma.weights",
     "Power": "ewma.profiles",
     "Uniform": "ewma.profiles",
+    "ewm": "ewma.smoothing",
+    "smooth": "ewma.smoothing",
 }
 
 

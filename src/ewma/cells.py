@@ -1,19 +1,35 @@
-"""What averages one value of a series: a plain float, a NumPy array or a torch tensor, element by element.
+"""What averages one series as it comes: plain floats, NumPy arrays or torch tensors, value by value or chunk by chunk.
 
-Nothing but what the value itself needs is imported: floats and NumPy arrays are averaged without torch.
+Nothing but what the value itself needs is imported: floats need no array library, NumPy arrays no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from ewma.profiles import Exponential, Profile, carry
-from ewma.recurrence import Recurrence, Weigh, toward
+from ewma import recurrence
+from ewma.arrays import Array, full, is_tensor, like, module_of, wide
+from ewma.weighting import Rule
 
-Array: TypeAlias = Any  # a NumPy array or a torch tensor
+if TYPE_CHECKING:
+    from ewma.moments import Moments, Pair
+    from ewma.values import Series
+
+VARIANCE: tuple[Pair, ...] = ((0, 0),)
+JOINT: tuple[Pair, ...] = ((0, 0), (0, 1), (1, 1))
+
+
+class Terms(NamedTuple):
+    """What all series of one EMA have in common: how they are weighted, how many values a result needs, the start."""
+
+    rule: Rule
+    needed: int
+    initial: Any
 
 
 def kind_of(where: str, x: Any) -> str:
@@ -22,229 +38,259 @@ def kind_of(where: str, x: Any) -> str:
     if hasattr(x, "detach"):
         if not x.is_complex():
             return "torch"
-    elif hasattr(x, "__array__") and x.dtype.kind in "fiub":
+    elif hasattr(x, "__array__") and getattr(getattr(x, "dtype", None), "kind", "O") in "fiub":
         return "numpy" if hasattr(x, "__setitem__") else "number"  # NumPy's scalars, of which not all are Real
     raise TypeError(
         f"{where}: expected a real number, a NumPy array or a torch tensor, or a dict of these; got {type(x).__name__}"
-        f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array "
-        f"with numpy.asarray(x); what is missing (None) is left out of a dict."
+        f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array with numpy.asarray(x), values "
+        f"along time are taken in by ema.extend(x), and what is missing (None) is left out of a dict."
     )
 
 
 class Number:
-    """The running mean of plain floats."""
+    """The running mean and variance of plain floats."""
 
     kind = "number"
 
-    def __init__(self, profile: Profile, weigh: Weigh) -> None:
-        self.recurrence = Recurrence(profile, weigh)
-        self.mean = 0.0
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.missing = terms.rule.missing
+        assert terms.rule.profile is not None
+        self.moments = recurrence.Moments(terms.rule.profile, terms.rule.weigh, terms.rule.debias)
         self.skipped = 0
+        if terms.initial is not None:
+            self.moments.mean, self.moments.weight = float(terms.initial), 1.0
 
     def check(self, where: str, x: Any) -> None:
         try:
-            float(x)
+            number = float(x)
         except OverflowError as error:
             raise ValueError(f"{where}: expected a number that a float can hold; got one too large") from error
+        if self.missing == "raise" and not math.isfinite(number):
+            raise ValueError(f'{where}: expected finite values only, by nan="raise"; got {number}')
 
-    def update(self, x: float, elapsed: float) -> None:
+    def check_chunk(self, where: str, series: Series) -> None:
+        if self.missing == "raise":
+            _raise_for_missing(where, series.array)
+
+    def update(self, x: Any, elapsed: float) -> None:
         x = float(x)
-        if math.isfinite(x):
-            self.mean = toward(self.mean, x, self.recurrence.advance(elapsed))
+        if -math.inf < x < math.inf:
+            self.moments.update(x, elapsed)
         else:
-            self.recurrence.miss(elapsed)
             self.skipped += 1
+            self.moments.miss(elapsed, decay=self.missing == "decay")
+            if self.missing == "propagate":
+                self.moments.mean = self.moments.biased = math.nan
+
+    def extend(self, series: Series, elapsed: Any, timed: bool) -> Array:
+        """Take in a chunk; its running mean."""
+        whole = Arrays(self.terms, "numpy", VARIANCE)
+        whole.begin(series.array[:1], ())
+        moments, mine = whole.moments, self.moments
+        if mine.count or mine.weight or mine.mean:
+            moments.means, moments.spreads = ((like(series.array, [[[mine.mean]]])),), {}
+            moments.spreads[0, 0] = like(series.array, [[[mine.biased]]])
+        for name in ("time", "weight", "pairs", "count", "seen"):
+            setattr(moments, name, getattr(mine, name))
+        result = whole.extend(series, elapsed, timed)
+        for name in ("time", "weight", "pairs", "count", "seen"):
+            setattr(mine, name, float(getattr(moments, name)))
+        mine.mean, mine.biased = (float(x.reshape(())) for x in (moments.means[0], moments.spreads[0, 0]))
+        mine.residue = 0.0
+        self.skipped += int(whole.skipped)
+        return result
+
+    @property
+    def shown(self) -> bool:
+        return bool(self.moments.count >= self.terms.needed)
 
     def get(self) -> float:
-        return self.mean if self.recurrence.count else math.nan
+        return self.moments.mean if self.shown else math.nan
+
+    def second(self, unbiased: bool) -> float:
+        return self.moments.variance(unbiased) if self.shown else math.nan
 
     def merge(self, later: Any) -> None:
-        self.mean = toward(self.mean, later.mean, self.recurrence.merge(later.recurrence))
+        self.moments.merge(later.moments)
         self.skipped += later.skipped
 
     def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "mean": self.mean, "skipped": self.skipped, **self.recurrence.numbers()}
+        numbers = {name: getattr(self.moments, name) for name in self.moments.NUMBERS}
+        return {"kind": self.kind, "skipped": self.skipped, **numbers}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.mean, self.skipped = state["mean"], state["skipped"]
-        self.recurrence.load(dict(state))
+        self.skipped = state["skipped"]
+        for name in self.moments.NUMBERS:
+            setattr(self.moments, name, state[name])
 
 
-class ArrayCell:
-    """The running mean of arrays: mean and weight for each element, since each may miss other values.
+class Arrays:
+    """The running moments of arrays, element by element; of one array, or of two that belong together.
 
-    Written once for NumPy and torch, whose `where` and `isfinite` agree.
+    Args:
+        kind: "numpy" or "torch".
+        wanted: which second moments to keep.
     """
 
-    kind: str
+    def __init__(self, terms: Terms, kind: str, wanted: tuple[Pair, ...]) -> None:
+        from ewma.moments import Moments
 
-    def __init__(self, profile: Profile, weigh: Weigh) -> None:
-        self.recurrence = Recurrence(profile, weigh)
+        self.terms, self.kind = terms, kind
+        self.moments: Moments = Moments(terms.rule, wanted)
+        self.shape: tuple[int, ...] | None = None
         self.dtype: Any = None
-        self.mean: Array = None
-        self.weight: Array = None
-        self.seen: Array = None  # what elapsed over the values that were not skipped: what merging needs
+        self.device: Any = None
         self.skipped: Any = 0
 
-    @property
-    def module(self) -> Any:
-        """numpy or torch."""
-        raise NotImplementedError
-
-    def wide(self, x: Array) -> Array:
-        """x in float64 and without gradient."""
-        raise NotImplementedError
-
-    def narrow(self, x: Array) -> Array:
-        """x in the dtype of the first value, in memory of its own."""
-        raise NotImplementedError
-
-    def begin(self, x: Array) -> None:
-        self.mean, self.weight, self.seen = (self.module.zeros_like(self.wide(x)) for _ in range(3))
-        self.dtype = x.dtype
-
-    def check(self, where: str, x: Array) -> None:
-        if self.mean is None:
+    def begin(self, x: Array, shape: tuple[int, ...]) -> None:
+        """Get ready for values like x, each of the given shape."""
+        if self.shape is not None:
             return
-        if tuple(x.shape) != tuple(self.mean.shape):
+        self.shape, self.dtype, self.device = shape, x.dtype, getattr(x, "device", None)
+        if self.terms.initial is not None:
+            start = module_of(x).broadcast_to(like(x, self.terms.initial), shape).reshape(1, 1, -1)
+            self.moments.begin_at((start,) * (1 + max(max(pair) for pair in self.moments.wanted)))
+
+    def check_chunk(self, where: str, series: Series) -> None:
+        self.check(where, series.array, series.of_one)
+
+    def check(self, where: str, x: Array, shape: tuple[int, ...] | None = None) -> None:
+        shape = tuple(x.shape) if shape is None else shape
+        if self.terms.rule.missing == "raise":
+            _raise_for_missing(where, x)
+        if self.shape is None:
+            return
+        if shape != self.shape:
             raise ValueError(
-                f"{where}: expected shape {list(self.mean.shape)}, as at the first update; got {list(x.shape)}. Use "
-                f"one EMA for each shape, or call ema.reset()."
+                f"{where}: expected shape {list(self.shape)}, as at the first update; got {list(shape)}. Use one EMA "
+                f"for each shape, or call ema.reset()."
+            )
+        if is_tensor(x) and x.device != self.device:
+            raise ValueError(
+                f"{where}: expected a tensor on device {self.device}, as at the first update; got one on {x.device}. "
+                f"Move it there, or call ema.reset()."
             )
 
-    def update(self, x: Array, elapsed: float) -> None:
-        if self.mean is None:
-            self.begin(x)
-        recurrence, where = self.recurrence, self.module.where
-        recurrence.time += elapsed
-        keep, lost, gain = recurrence.terms(recurrence.time, elapsed)
-        x = self.wide(x)
-        finite = self.module.isfinite(x)
-        counted = self.wide(finite)  # 1 or 0: a bool times a float would be a float32
-        if not recurrence.profile.debias:
-            gain = gain + self.wide(self.seen == 0) * (1.0 - gain)
-        self.weight = where(finite, carry(self.weight, keep, lost, gain), self.weight)
-        self.seen = self.seen + counted * elapsed
-        self.mean = self._toward(where(finite, x, self.mean), counted * self._share(gain))
-        self.skipped = self.skipped + (~finite).sum()
+    def update(self, x: Array, elapsed: float, *others: Array) -> None:
+        """Take in one value, and what belongs to it."""
+        self.begin(x, tuple(x.shape))
+        passed = None
+        if elapsed != 1.0:
+            from ewma import columns
+
+            passed = columns.ones(1) * elapsed
+        self._take([wide(one).reshape(1, 1, -1) for one in (x, *others)], passed, [])
+
+    def extend(self, series: Series, elapsed: Any, timed: bool, *others: Array) -> Array:
+        """Take in a chunk; its running mean."""
+        outer, n, inner = series.shape
+        x = series.array
+        self.begin(x, series.of_one)
+        if timed:
+            self.moments.rule = self.moments.rule.with_times()
+        from ewma.sweep import empty
+
+        made = empty(series)
+        if n:
+            arrays = [one.reshape(outer, n, inner) for one in (x, *others)]
+            self.moments.reshape(outer, inner)
+            self._take(arrays, elapsed, [made.reshape(outer, n, inner)])
+            self.moments.reshape(1, outer * inner)
+        return made
+
+    def _take(self, arrays: list[Array], elapsed: Any, outputs: list[Array]) -> None:
+        from ewma.sweep import follow, quietly
+
+        module = module_of(arrays[0])
+        normal = module.inference_mode(False) if self.kind == "torch" else contextlib.nullcontext()
+        with normal, quietly(arrays[0]):
+            arrays = [one.detach() if self.kind == "torch" else one for one in arrays]
+            for one in arrays:
+                self.skipped = self.skipped + (~module.isfinite(one)).sum()
+            follow(
+                self.moments, arrays, elapsed, self.terms.needed, lambda chunk, *_: chunk.means[: len(outputs)], outputs
+            )
 
     def get(self) -> Array:
-        return self.narrow(self.module.where(self.seen == 0, math.nan, self.mean))
+        return self._give(self.moments.means[0])
+
+    def second(self, unbiased: bool, pair: Pair = (0, 0)) -> Array:
+        return self._give(self.moments.second(pair, unbiased))
+
+    def correlation(self) -> Array:
+        from ewma.moments import correlated
+
+        return self._give(correlated(self.moments.spreads))
 
     def merge(self, later: Any) -> None:
-        if self.mean is None:
-            self.begin(later.get())
-        profile, seen = self.recurrence.profile, later.seen + self.wide(later.seen == 0)
-        kept = self.module.exp(-profile.rate * seen) if isinstance(profile, Exponential) else 1.0
-        kept = self.module.where(later.seen == 0, self.wide(later.seen == 0), kept)  # 1, of nothing that came later
-        self.weight = kept * self.weight + later.weight
-        self.mean = self._toward(later.mean, self.wide(later.seen > 0) * self._share(later.weight))
-        self.recurrence.time += later.recurrence.time
-        self.seen = self.seen + later.seen
+        from ewma.sweep import quietly
+
+        self.begin(later.get(), later.shape)
+        self.dtype = later.dtype if not self.moments.means else self.dtype
+        with quietly(later.get()):
+            self.moments.merge(later.moments)
         self.skipped = self.skipped + later.skipped
 
     def state(self) -> dict[str, Any]:
-        raise NotImplementedError
+        dtype = self.dtype.str if self.kind == "numpy" else str(self.dtype).removeprefix("torch.")
+        about = {"kind": self.kind, "dtype": dtype, "shape": list(self.shape or ()), "skipped": int(self.skipped)}
+        numbers = {name: self._save(getattr(self.moments, name)) for name in ("time", *self.moments.NUMBERS)}
+        several = {"mean": self.moments.means, "spread": tuple(self.moments.spreads.values())}
+        return {**about, **numbers, **{name: self._save(self._together(parts)) for name, parts in several.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _share(self, gain: Array) -> Array:
-        """`gain / weight`; all of it where nothing has had weight so far."""
-        nothing = self.wide(self.weight == 0)
-        return nothing + gain / (self.weight + nothing)
-
-    def _toward(self, x: Array, coefficient: Array) -> Array:
-        difference = x - self.mean
-        moved = self.mean + coefficient * difference
-        return self.module.where(
-            self.module.isfinite(difference), moved, (1.0 - coefficient) * self.mean + coefficient * x
+        module = importlib.import_module(self.kind)
+        self.dtype = module.dtype(state["dtype"]) if self.kind == "numpy" else getattr(module, state["dtype"])
+        self.shape, self.skipped = tuple(state["shape"]), state["skipped"]
+        for name in ("time", *self.moments.NUMBERS):
+            setattr(self.moments, name, self._load(state[name]))
+        spreads = self._apart(self._load(state["spread"]), len(self.moments.wanted))
+        self.moments.means = self._apart(
+            self._load(state["mean"]), len({k for pair in self.moments.wanted for k in pair})
         )
+        self.moments.spreads = dict(zip(self.moments.wanted, spreads, strict=True))
+        self.device = getattr(self.moments.means[0], "device", None)
+
+    def _together(self, parts: tuple[Array, ...]) -> Array:
+        return parts[0] if len(parts) == 1 else module_of(parts[0]).concatenate(parts, 2)
+
+    def _apart(self, parts: Array, count: int) -> tuple[Array, ...]:
+        size = parts.shape[2] // count
+        return tuple(parts[:, :, place * size : (place + 1) * size] for place in range(count))
+
+    def _save(self, x: Any) -> Any:
+        if not hasattr(x, "shape"):
+            return float(x)
+        return x.clone() if self.kind == "torch" else x.ravel().tolist()
+
+    def _load(self, saved: Any) -> Any:
+        if isinstance(saved, list):
+            import numpy
+
+            return numpy.array(saved).reshape(1, 1, -1)
+        return saved.clone() if hasattr(saved, "clone") else saved
+
+    def _give(self, x: Array) -> Array:
+        """Of the first value's shape and dtype, in memory of its own; NaN where too few values were observed."""
+        module = module_of(x)
+        shown = self.moments.count + 0.0 * x >= self.terms.needed
+        x = module.where(shown, x, math.nan) + full(x, (1, 1, 1), 0.0)
+        assert self.shape is not None
+        if is_tensor(x):
+            dtype = self.dtype if self.dtype.is_floating_point else module.float64
+            return x.reshape(self.shape).to(dtype)
+        dtype = self.dtype if self.dtype.kind == "f" and self.dtype.itemsize <= 8 else module.float64
+        return x.reshape(self.shape).astype(dtype)
 
 
-class NumpyArray(ArrayCell):
-    kind = "numpy"
-
-    @property
-    def module(self) -> Any:
-        import numpy
-
-        return numpy
-
-    def wide(self, x: Array) -> Array:
-        return self.module.asarray(x, dtype=self.module.float64)
-
-    def narrow(self, x: Array) -> Array:
-        return self.module.array(x, dtype=self.dtype if self.dtype.kind == "f" else self.module.float64)
-
-    def update(self, x: Array, elapsed: float) -> None:
-        with self.module.errstate(all="ignore"):  # what overflows on the way is computed otherwise, or left out
-            super().update(x, elapsed)
-
-    def merge(self, later: Any) -> None:
-        with self.module.errstate(all="ignore"):
-            super().merge(later)
-
-    def state(self) -> dict[str, Any]:
-        lists = {name: getattr(self, name).ravel().tolist() for name in ("mean", "weight", "seen")}
-        about = {
-            "kind": self.kind,
-            "dtype": self.dtype.str,
-            "shape": list(self.mean.shape),
-            "skipped": int(self.skipped),
-        }
-        return {**about, **lists, "time": self.recurrence.time}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.dtype, self.skipped = self.module.dtype(state["dtype"]), state["skipped"]
-        self.recurrence.time = state["time"]
-        for name in ("mean", "weight", "seen"):
-            setattr(self, name, self.module.array(state[name], dtype=float).reshape(state["shape"]))
+def _raise_for_missing(where: str, x: Array) -> None:
+    if not bool(module_of(x).isfinite(x).all()):
+        raise ValueError(f'{where}: expected finite values only, by nan="raise"; got some that are not')
 
 
-class TorchArray(ArrayCell):
-    kind = "torch"
-
-    @property
-    def module(self) -> Any:
-        import torch
-
-        return torch
-
-    def wide(self, x: Array) -> Array:
-        return x.detach().to(self.module.float64)
-
-    def narrow(self, x: Array) -> Array:
-        return x.to(self.dtype if self.dtype.is_floating_point else self.module.float64)
-
-    def update(self, x: Array, elapsed: float) -> None:
-        with self.module.inference_mode(False), self.module.no_grad():
-            super().update(x, elapsed)
-
-    def state(self) -> dict[str, Any]:
-        tensors = {name: getattr(self, name).clone() for name in ("mean", "weight", "seen")}
-        about = {"kind": self.kind, "dtype": str(self.dtype).removeprefix("torch."), "skipped": int(self.skipped)}
-        return {**about, **tensors, "time": self.recurrence.time}
-
-    def check(self, where: str, x: Array) -> None:
-        super().check(where, x)
-        if self.mean is not None and x.device != self.mean.device:
-            raise ValueError(
-                f"{where}: expected a tensor on device {self.mean.device}, as at the first update; got one on "
-                f"{x.device}. Move it there, or call ema.reset()."
-            )
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.dtype, self.skipped = getattr(self.module, state["dtype"]), state["skipped"]
-        self.recurrence.time = state["time"]
-        for name in ("mean", "weight", "seen"):
-            setattr(self, name, state[name].clone())
+Cell: TypeAlias = Number | Arrays
 
 
-Cell: TypeAlias = Number | ArrayCell
-
-CELLS: dict[str, type[Number] | type[ArrayCell]] = {
-    "number": Number,
-    "numpy": NumpyArray,
-    "torch": TorchArray,
-}
+def new_cell(kind: str, terms: Terms) -> Cell:
+    return Number(terms) if kind == "number" else Arrays(terms, kind, VARIANCE)

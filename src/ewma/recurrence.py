@@ -190,14 +190,15 @@ def toward(mean: float, x: float, coefficient: float) -> float:
 
 
 class Moments:
-    """Running mean and variance of plain floats, by the same recurrence.
+    """Running mean and variance of plain floats, by the same recurrence: quick, since it is called for every value.
 
         mean'     = mean + c * (x - mean)                       c = gain / weight'
         variance' = (1 - c) * (variance + c * (x - mean) ** 2)
         D'        = keep ** 2 * D + 2 * keep * weight * gain    D = (sum of w) ** 2 - sum of w ** 2
 
     The unbiased variance is `variance * weight ** 2 / D`; D is carried rather than subtracted, since after a long gap
-    nothing would be left of the difference.
+    nothing would be left of the difference. What does not begin debiased has weight 1 after every value, and less only
+    where time passed without one.
 
     >>> moments = Moments(Uniform())
     >>> for x in (1.0, 2.0, 3.0, 4.0): moments.update(x)
@@ -205,31 +206,92 @@ class Moments:
     (2.5, 1.6666666666666667, 1.25)
     """
 
-    __slots__ = ("biased", "mean", "pairs", "recurrence")
+    NUMBERS = ("time", "weight", "residue", "count", "seen", "mean", "biased", "pairs")
+    __slots__ = (*NUMBERS, "debias", "elapsed", "profile", "steady", "terms", "weigh")
 
-    def __init__(self, profile: Profile, weigh: Weigh | None = None) -> None:
-        self.recurrence = Recurrence(profile, weighing(profile, weigh))
-        self.mean = 0.0
-        self.biased = 0.0
-        self.pairs = 0.0
+    def __init__(self, profile: Profile, weigh: Weigh | None = None, debias: bool = True) -> None:
+        self.profile = profile
+        self.weigh = weighing(profile, weigh)
+        self.debias = debias and profile.debias
+        self.steady = isinstance(profile, Exponential | Uniform)
+        self.elapsed = math.nan  # for which the terms are known
+        self.terms = (1.0, 0.0, 0.0)
+        self.time = self.weight = self.residue = self.count = self.seen = 0.0
+        self.mean = self.biased = self.pairs = 0.0
 
     def update(self, x: float, elapsed: float = 1.0) -> None:
         """Take in one finite value that comes `elapsed` after the last."""
-        recurrence = self.recurrence
-        elapsed = check_elapsed(elapsed)
-        keep, _, gain = recurrence.terms(recurrence.time + elapsed, elapsed)
-        kept = keep * recurrence.weight
-        coefficient = recurrence.advance(elapsed)
-        self.pairs = keep * keep * self.pairs + 2.0 * kept * gain
-        if kept:
-            difference = x - self.mean
-            self.biased = kept / recurrence.weight * (self.biased + coefficient * (difference * difference))
+        if elapsed != self.elapsed or not self.steady:
+            self._look_up(elapsed)
+        keep, lost, gain = self.terms
+        weight = self.weight
+        kept = keep * weight
+        if not self.debias:
+            total = (weight - lost * weight) + gain
+            self.weight = 1.0
+        elif lost > 0.5:
+            self.weight = total = kept + gain
+            self.residue = 0.0
         else:
-            self.biased = 0.0
-        self.mean = toward(self.mean, x, coefficient)
+            change = gain - lost * (weight + self.residue)
+            residue = self.residue + change
+            self.weight = total = weight + residue
+            self.residue = residue - (total - weight)
+        share, past = (gain / total, kept / total) if total else (1.0, 0.0)
+        if self.debias:
+            self.pairs = keep * keep * self.pairs + 2.0 * kept * gain
+        else:
+            self.pairs = past * past * self.pairs + 2.0 * past * share
+        self.time += elapsed
+        self.seen += elapsed
+        self.count += 1.0
+        difference = x - self.mean
+        self.biased = past * (self.biased + share * (difference * difference)) if past else 0.0
+        if -math.inf < difference < math.inf:
+            self.mean += share * difference
+        else:
+            self.mean = (1.0 - share) * self.mean + share * x
+
+    def miss(self, elapsed: float, decay: bool) -> None:
+        """Leave out a value: as if its step had not been, or, by `decay`, with the past forgotten further."""
+        self.time += elapsed
+        if decay:
+            self._look_up(elapsed, self.time)
+            keep = self.terms[0]
+            self.weight *= keep
+            self.residue *= keep
+            self.seen += elapsed
+            if self.debias:
+                self.pairs *= keep * keep
+
+    def merge(self, later: Moments) -> None:
+        """Take in the moments of values that came after these: debiased, of a profile that merges."""
+        rate = self.profile.rate if isinstance(self.profile, Exponential) else 0.0
+        kept = math.exp(-rate * later.seen) if later.seen else 1.0
+        mine = kept * self.weight
+        total = mine + later.weight
+        share = later.weight / total if total else 0.0
+        step = later.mean - self.mean
+        self.biased += share * ((later.biased - self.biased) + (1.0 - share) * (step * step))
+        self.mean = toward(self.mean, later.mean, share)
+        self.pairs = kept * kept * self.pairs + later.pairs + 2.0 * mine * later.weight
+        self.weight, self.residue = total, kept * self.residue + later.residue
+        for name in ("time", "count", "seen"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+
+    @property
+    def total(self) -> float:
+        """The sum of all weights."""
+        return self.weight if self.debias else 1.0
 
     def variance(self, unbiased: bool = True) -> float:
         """The weighted variance; unbiased needs two values, and is NaN before."""
         if not unbiased:
-            return self.biased if self.recurrence.weight else math.nan
-        return self.biased * self.recurrence.weight**2 / self.pairs if self.pairs > 0.0 else math.nan
+            return self.biased if self.count else math.nan
+        return self.biased * self.total**2 / self.pairs if self.pairs > 0.0 else math.nan
+
+    def _look_up(self, elapsed: float, time: float | None = None) -> None:
+        elapsed = check_elapsed(elapsed)
+        keep, lost, gain = self.profile.change(self.time + elapsed if time is None else time, elapsed)
+        by_value = self.weigh == "value" and self.debias
+        self.elapsed, self.terms = elapsed, (keep, lost, 1.0 if by_value else gain)

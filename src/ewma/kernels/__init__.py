@@ -14,10 +14,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
+from ewma.arrays import Array
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "lerp"]
+__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "lerp", "scan"]
 
 KERNELS = ("reference", "foreach")
 
@@ -57,7 +59,31 @@ def lerp(
     for several in zip(*averages, strict=True):
         if len({(average.dtype, average.device, average.stride()) for average in several}) > 1:
             raise ValueError("expected averages of one dtype, device and layout in all sets; got several")
-    name = os.environ.get("EWMA_KERNEL", "foreach")
-    if name not in KERNELS:
+    kernel = importlib.import_module(f"ewma.kernels.{_forced() or 'foreach'}")
+    return cast(Lerp, kernel.lerp(values, averages, streams, guard))
+
+
+def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None = None) -> None:
+    """One recurrence along time for many series at once: `y[t] = y[t-1] + (u[t] - lost[t] * y[t-1])`.
+
+    With u = c * x and lost = c it is an average; with lost alone a decaying sum, as are weights and gradients.
+
+    Args:
+        u: float64 array or tensor of shape (outer, n, inner), time in the middle; used up where lost is a float.
+        lost: what each step takes from what was, from 0 to 1: a float where it is constant; or a float64 array of
+            three dimensions that broadcasts to u.
+        initial: y before the first step, of shape (outer, 1, inner).
+        out: float64, of u's shape; written.
+        kept: 1 - lost to full precision, of lost's shape, for where next to nothing is left after a step, but counts.
+    """
+    name = _forced()
+    module = "blocked" if name in (None, "foreach") else name
+    importlib.import_module(f"ewma.kernels.{module}").scan(u, lost, initial, out, kept)
+
+
+def _forced() -> str | None:
+    """The kernel that the environment asks for, if any."""
+    name = os.environ.get("EWMA_KERNEL")
+    if name is not None and name not in KERNELS:
         raise ValueError(f"EWMA_KERNEL={name}: no kernel has that name; there are {', '.join(KERNELS)}")
-    return cast(Lerp, importlib.import_module(f"ewma.kernels.{name}").lerp(values, averages, streams, guard))
+    return name

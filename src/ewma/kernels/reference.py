@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ewma.arrays import Array, like, module_of
 from ewma.kernels import Coefficient, Word, noise
 from ewma.kernels.layout import dense, flat
 
@@ -44,3 +45,14 @@ class ReferenceLerp:
 
 
 lerp = ReferenceLerp
+
+
+def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None = None) -> None:
+    """The recurrence as it is written, one step after the other."""
+    module = module_of(u)
+    lost = module.broadcast_to(like(u, lost), u.shape)
+    kept = 1.0 - lost if kept is None else module.broadcast_to(kept, u.shape)
+    y = initial[:, 0]
+    for t in range(u.shape[1]):
+        y = module.where(lost[:, t] > 0.5, kept[:, t] * y + u[:, t], y + (u[:, t] - lost[:, t] * y))
+        out[:, t] = y

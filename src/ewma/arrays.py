@@ -1,0 +1,64 @@
+"""NumPy and torch as one: the few places where their arrays differ, so that a formula is written once for both.
+
+Neither is imported before an array of it comes along.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TypeAlias
+
+Array: TypeAlias = Any  # a NumPy array or a torch tensor
+
+
+def is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def module_of(x: Array) -> Any:
+    """numpy or torch: what has the functions for x."""
+    if is_tensor(x):
+        return sys.modules["torch"]
+    import numpy
+
+    return numpy
+
+
+def wide(x: Array) -> Array:
+    """x in float64; itself where it is so already."""
+    return x.double() if is_tensor(x) else x.astype("float64", copy=False)
+
+
+def like(x: Array, values: Any) -> Array:
+    """Float64 values as an array of x's kind, on its device."""
+    if is_tensor(x):
+        return x.new_tensor(values, dtype=module_of(x).float64) if not is_tensor(values) else values.to(x.device)
+    return module_of(x).asarray(values, dtype="float64")
+
+
+def full(x: Array, shape: tuple[int, ...], value: float) -> Array:
+    """A float64 array of x's kind, on its device, filled with one value."""
+    if is_tensor(x):
+        return x.new_full(shape, value, dtype=module_of(x).float64)
+    return module_of(x).full(shape, value)
+
+
+def needs_gradient(*arrays: Any) -> bool:
+    """Whether any of these is a tensor that autograd is to see."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled() and any(is_tensor(x) and x.requires_grad for x in arrays)
+
+
+def may_ask(x: Array) -> bool:
+    """Whether a question about the values costs no wait for a device."""
+    return not is_tensor(x) or x.is_cpu
+
+
+def before(after: Array, start: Any) -> Array:
+    """What held before each step, given what held after it: shifted by one along the middle axis, from `start`."""
+    module = module_of(after)
+    if not hasattr(start, "shape"):
+        start = full(after, (1, 1, 1), start)
+    first = module.broadcast_to(start, (after.shape[0], 1, after.shape[2]))
+    return module.concatenate((first, after[:, :-1]), 1)

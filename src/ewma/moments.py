@@ -1,0 +1,305 @@
+"""Running means and second moments of many series at once, a chunk of time at a time.
+
+    mean[t]     = mean[t-1] + c[t] * (x[t] - mean[t-1])
+    variance[t] = variance[t-1] + c[t] * ((1 - c[t]) * (x[t] - mean[t-1]) ** 2 - variance[t-1])
+
+Both are the same recurrence, and so are the weights that c comes from: `scan` does all of them. It is carried relative
+to the mean so far (at the start, to the first value), which keeps constants constant and loses nothing to an offset.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
+
+from ewma import columns, kernels
+from ewma.arrays import Array, before, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.profiles import Exponential
+from ewma.weighting import Rule, Terms, Weights, part_of
+
+Pair: TypeAlias = tuple[int, int]
+Operation: TypeAlias = Callable[[Any, Any], Any]
+
+
+def scan(u: Array, lost: float | Array, initial: Array | float, kept: Array | None = None) -> Array:
+    """`y[t] = y[t-1] + (u[t] - lost[t] * y[t-1])` as a new array, differentiable where a gradient is needed."""
+    shape = (u.shape[0], 1, u.shape[2])
+    initial = module_of(u).broadcast_to(initial, shape) if hasattr(initial, "shape") else full(u, shape, initial)
+    if needs_gradient(u, lost, initial):
+        from ewma.kernels import differentiable
+
+        return differentiable.scan(u, lost, initial)
+    out = module_of(u).empty_like(u)
+    kernels.scan(u, lost, initial, out, kept)
+    return out
+
+
+class Chunk(NamedTuple):
+    """What a chunk gave: arrays of shape (outer, n, inner), or (1, n, 1) where it is the same for all series."""
+
+    means: tuple[Array, ...]
+    spreads: dict[Pair, Array]
+    total: float | Array
+    pairs: Array
+    count: Array
+    """How many values were observed so far."""
+
+    def second(self, pair: Pair, unbiased: bool) -> Array:
+        """The variance or covariance; NaN where there is none yet."""
+        biased = self.spreads[pair]
+        return debiased(biased, self.total, self.pairs) if unbiased else biased
+
+
+def debiased(biased: Array, total: Any, pairs: Any) -> Array:
+    """`biased * total ** 2 / pairs`; NaN where the pairs have no weight."""
+    module = module_of(biased)
+    some = pairs > 0.0
+    return module.where(some, biased * (total * total / module.where(some, pairs, 1.0)), math.nan)
+
+
+def root(x: Array) -> Array:
+    """The square root, with a gradient of 0 at 0."""
+    module, some = module_of(x), x > 0.0
+    return module.where(some, module.where(some, x, 1.0) ** 0.5, 0.0 * x)
+
+
+def correlated(spreads: dict[Pair, Array]) -> Array:
+    """The correlation of two series; NaN where one of them is constant."""
+    product = root(spreads[0, 0]) * root(spreads[1, 1])
+    module, vary = module_of(product), product > 0.0
+    return module.where(vary, spreads[0, 1] / module.where(vary, product, 1.0), math.nan)
+
+
+def standardized(x: Array, chunk: Chunk, prior: Moments, unbiased: bool) -> Array:
+    """How far each value lies from the mean before it, in the standard deviations before it."""
+    module = module_of(x)
+    variance = before(chunk.second((0, 0), unbiased), prior.second((0, 0), unbiased) if prior.means else math.nan)
+    distance = x - before(chunk.means[0], prior.means[0] if prior.means else math.nan)
+    several = (before(chunk.pairs, prior.pairs) > 0.0) & module.isfinite(x)
+    return module.where(several, distance / root(module.where(several, variance, 1.0)), math.nan)
+
+
+@dataclass
+class Moments:
+    """The state of running moments: numbers while all series have them in common, else arrays.
+
+    Args:
+        rule: how the steps weigh.
+        wanted: which second moments to keep, as pairs of the series' positions: (0, 0) is the first one's variance.
+    """
+
+    rule: Rule
+    wanted: tuple[Pair, ...] = ()
+    time: float = 0.0
+    weight: Any = 0.0
+    means: tuple[Any, ...] = ()
+    spreads: dict[Pair, Any] = field(default_factory=dict)
+    pairs: Any = 0.0
+    count: Any = 0.0
+    seen: Any = 0.0
+
+    NUMBERS = ("weight", "pairs", "count", "seen")
+
+    def advance(self, xs: tuple[Array, ...], elapsed: Any = None, begin: int = 0) -> Chunk:
+        """Take in a chunk of one or two series.
+
+        Args:
+            xs: arrays of shape (outer, n, inner), of real numbers, time in the middle; n at least 1. Where one of them
+                is not finite the values of all are missing.
+            elapsed: NumPy vector of what passed before each step; None for one unit each.
+            begin: the position of the chunk in the series that a rule of many rates was made for.
+        """
+        terms = self.rule.terms(xs[0], self.time, elapsed, begin, begin + xs[0].shape[1])
+        alike = terms.constant and isinstance(self.weight, float) and all(map(may_ask, xs))
+        # Not debiased, the first value weighs more than its step says: autograd has to see that.
+        begun = alike and (self.rule.debias or self.weight == 1.0 or not needs_gradient(*xs))
+        chunk = self._alike(xs, terms) if begun else None
+        if chunk is None:
+            chunk = self._any(xs, terms, elapsed)
+        self.time += xs[0].shape[1] if elapsed is None else float(elapsed.sum())
+        return chunk
+
+    def reshape(self, outer: int, inner: int) -> None:
+        """Look at the same series as outer times inner of them."""
+        shape = (outer, 1, inner)
+
+        def shaped(x: Any) -> Any:
+            return x.reshape(shape) if getattr(x, "shape", (1, 1, 1)) != (1, 1, 1) else x
+
+        self.means = tuple(map(shaped, self.means))
+        self.spreads = {pair: shaped(spread) for pair, spread in self.spreads.items()}
+        for name in self.NUMBERS:
+            setattr(self, name, shaped(getattr(self, name)))
+
+    def of(self, rows: slice, columns: slice) -> Moments:
+        """The state of some of the series, before the first step."""
+        means = tuple(part_of(mean, rows, columns) for mean in self.means)
+        spreads = {pair: part_of(spread, rows, columns) for pair, spread in self.spreads.items()}
+        return replace(self, rule=self.rule.of(rows, columns), means=means, spreads=spreads)
+
+    def merge(self, later: Moments) -> None:
+        """Take in the moments of values that came after these, by the same rule: debiased, of a profile that merges."""
+        profile, module = self.rule.profile, None
+        for mean in later.means:
+            module = module_of(mean)
+        if module is None:
+            return
+        kept: Any = 1.0
+        if isinstance(profile, Exponential):
+            rate = profile.rate
+            seen = later.seen + 0.0 * later.count + full(later.means[0], (1, 1, 1), 0.0)
+            nothing = wide(seen == 0.0)
+            # An infinite rate keeps nothing; but of nothing that came later, all.
+            kept = nothing + (1.0 - nothing) * module.exp(-rate * (seen + nothing))
+        if not self.means:
+            self.means = tuple(0.0 * mean for mean in later.means)
+            self.spreads = {pair: 0.0 * spread for pair, spread in later.spreads.items()}
+        mine = kept * self.weight
+        total = mine + later.weight
+        share = later.weight / (total + (total == 0.0))
+        steps = [theirs - ours for ours, theirs in zip(self.means, later.means, strict=True)]
+        for pair in self.wanted:
+            rise = later.spreads[pair] - self.spreads[pair]
+            between = math.prod(steps[k] for k in pair)
+            self.spreads[pair] = self.spreads[pair] + share * (rise + (1.0 - share) * between)
+        self.means = tuple(
+            module.where(module.isfinite(step), ours + share * step, (1.0 - share) * ours + share * theirs)
+            for ours, step, theirs in zip(self.means, steps, later.means, strict=True)
+        )
+        self.pairs = kept * kept * self.pairs + later.pairs + 2.0 * mine * later.weight
+        self.weight, self.count, self.seen = total, self.count + later.count, self.seen + later.seen
+        self.time += later.time
+
+    def begin_at(self, means: tuple[Array, ...]) -> None:
+        """Start from means that have the weight of the whole past; of shape (outer, 1, inner)."""
+        self.means, self.weight = means, 1.0
+        self.spreads = dict.fromkeys(self.wanted, 0.0 * means[0])
+
+    @property
+    def total(self) -> float | Array:
+        """The sum of all weights."""
+        return self.weight if self.rule.debias else 1.0
+
+    def second(self, pair: Pair, unbiased: bool) -> Array:
+        """The variance or covariance of all that was taken in."""
+        return debiased(self.spreads[pair], self.total, self.pairs) if unbiased else self.spreads[pair]
+
+    def _alike(self, xs: tuple[Array, ...], terms: Terms) -> Chunk | None:
+        """All steps alike and every value finite: sums under one constant coefficient, divided by their weights.
+
+        None where a value turns out to be missing or a sum to overflow: nothing after it is finite then.
+        """
+        if not self.rule.debias and self.weight not in (0.0, 1.0):
+            return None
+        n, in_place = xs[0].shape[1], not needs_gradient(*xs)
+        weights = self.rule.constant_weights(terms, n, self.weight, xs[0], bool(self.wanted))
+        times: Operation = operator.imul if in_place else operator.mul
+        plus: Operation = operator.iadd if in_place else operator.add
+        held = self.weight / terms.gain
+        starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
+        bases = tuple(map(_fixed, starts))
+        rises, spreads = [], {}
+        for x, base, start in zip(xs, bases, starts, strict=True):
+            rises.append(times(scan(x - base, terms.lost, held * (start - base)), weights.share))
+        for pair in self.wanted:
+            product = math.prod(xs[k] - bases[k] - before(rises[k], starts[k] - bases[k]) for k in pair)
+            spread = scan(times(product, weights.kept), terms.lost, held * self.spreads.get(pair, 0.0))
+            spreads[pair] = times(spread, weights.share)
+        if not all(bool(module_of(x).isfinite(x[:, -1]).all()) for x in (*rises, *spreads.values())):
+            return None
+        means = tuple(plus(rise, base) for base, rise in zip(bases, rises, strict=True))
+        self.seen = self.seen + float(n)
+        return self._keep(means, spreads, weights, self.count + like(xs[0], columns.steps(n)))
+
+    def _any(self, xs: tuple[Array, ...], terms: Terms, elapsed: Any) -> Chunk:
+        """Any steps, any missing values: an average whose coefficient differs from step to step."""
+        module = module_of(xs[0])
+        finite = functools.reduce(lambda one, other: one & other, map(module.isfinite, xs))
+        clean = tuple(module.where(finite, wide(x), 0.0) for x in xs)
+        if all(map(may_ask, xs)) and not needs_gradient(*xs):
+            scale = _unit([*clean, *self.means], squared=bool(self.wanted))
+            if scale != 1.0:
+                return self._scaled(xs, terms, elapsed, scale)
+        observed = wide(finite)
+        if may_ask(finite) and bool(finite.all()):
+            observed = full(xs[0], (1, xs[0].shape[1], 1), 1.0)
+        weight = self.weight if hasattr(self.weight, "shape") else full(xs[0], (1, 1, 1), self.weight)
+        weights = self.rule.weights(terms, observed, weight, scan)
+        starts = self._starts(clean, finite)
+        bases = tuple(map(_fixed, starts))
+        rises, spreads = [], {}
+        offsets = [module.where(finite, x - base, 0.0) for x, base in zip(clean, bases, strict=True)]
+        for offset, base, start in zip(offsets, bases, starts, strict=True):
+            rises.append(scan(weights.share * offset, weights.share, start - base))
+        for pair in self.wanted:
+            product = math.prod(offsets[k] - before(rises[k], starts[k] - bases[k]) for k in pair)
+            new = weights.share * weights.kept * product
+            spreads[pair] = scan(new, weights.share, self.spreads.get(pair, 0.0), weights.kept)
+        means = tuple(base + rise for base, rise in zip(bases, rises, strict=True))
+        if self.rule.missing == "propagate":
+            poisoned = (~finite).cumsum(1) > 0
+            means = tuple(module.where(poisoned, math.nan, mean) for mean in means)
+            spreads = {pair: module.where(poisoned, math.nan, spread) for pair, spread in spreads.items()}
+        counted = observed if self.rule.missing != "decay" else 0.0 * observed + 1.0
+        passed = counted if elapsed is None else counted * like(observed, elapsed[None, :, None])
+        self.seen = self.seen + _last(passed.cumsum(1))
+        return self._keep(means, spreads, weights, self.count + observed.cumsum(1))
+
+    def _starts(self, clean: tuple[Array, ...], finite: Array) -> tuple[Array, ...]:
+        """Where each average is carried from: the mean so far, or the first value where there is none yet."""
+        module = module_of(finite)
+        first = finite & (finite.cumsum(1) == 1)
+        values = tuple(module.where(first, x, 0.0).sum(1)[:, None] for x in clean)
+        if not self.means:
+            return values
+        unseen = (wide(finite[:, :1]) * 0.0 + self.count) == 0.0
+        return tuple(
+            module.where(unseen & (mean == mean), value, mean)  # a NaN that propagates stays
+            for value, mean in zip(values, self.means, strict=True)
+        )
+
+    def _scaled(self, xs: tuple[Array, ...], terms: Terms, elapsed: Any, scale: float) -> Chunk:
+        """Numbers so large that their differences or squares overflow: the same with all of them made smaller."""
+        self.means = tuple(mean * scale for mean in self.means)
+        self.spreads = {pair: spread * scale * scale for pair, spread in self.spreads.items()}
+        chunk = self._any(tuple(wide(x) * scale for x in xs), terms, elapsed)
+        self.means = tuple(mean / scale for mean in self.means)
+        self.spreads = {pair: spread / scale / scale for pair, spread in self.spreads.items()}
+        means = tuple(mean / scale for mean in chunk.means)
+        return chunk._replace(means=means, spreads={pair: x / scale / scale for pair, x in chunk.spreads.items()})
+
+    def _keep(self, means: tuple[Array, ...], spreads: dict[Pair, Array], weights: Weights, count: Array) -> Chunk:
+        pairs = count  # whatever, where none are wanted
+        if self.wanted:
+            pairs = scan(weights.pairs_gain, weights.pairs_lost, self.pairs, weights.pairs_kept)
+        self.means = tuple(mean[:, -1:] for mean in means)
+        self.spreads = {pair: spread[:, -1:] for pair, spread in spreads.items()}
+        self.weight, self.pairs, self.count = map(_last, (weights.weight, pairs, count))
+        return Chunk(means, spreads, weights.total, pairs, count)
+
+
+def _last(x: Any) -> Any:
+    """What holds after the last step, as a float where it is one number on the host."""
+    if isinstance(x, float):
+        return x
+    x = x[:, -1:]
+    alone = tuple(x.shape) == (1, 1, 1) and may_ask(x) and not needs_gradient(x)
+    return float(x[0, 0, 0]) if alone else x
+
+
+def _fixed(x: Array) -> Array:
+    """x without its gradient: what the recurrence is carried relative to makes no difference to the result."""
+    return x.detach() if is_tensor(x) else x
+
+
+def _unit(arrays: list[Array], squared: bool) -> float:
+    """The power of two by which to scale numbers that are too large to be subtracted or squared; usually 1."""
+    largest = max((float(abs(x).max()) for x in arrays if math.prod(x.shape)), default=0.0)
+    limit = 500 if squared else 960
+    if not 2.0**limit < largest < math.inf:
+        return 1.0
+    return 2.0 ** -math.frexp(largest)[1]

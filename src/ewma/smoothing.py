@@ -1,0 +1,221 @@
+"""Job 1, whole series at once: smooth and ewm."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, NamedTuple
+
+from ewma import rules, stamps
+from ewma.arrays import Array
+from ewma.moments import Chunk, Moments, correlated, root, standardized
+from ewma.profiles import Profile
+from ewma.recurrence import Weigh
+from ewma.sweep import Statistic, both_sides, starting, sweep
+from ewma.values import unpack
+from ewma.weighting import Missing, check_min_periods
+
+VARIANCE, COVARIANCE, OTHER = (0, 0), (0, 1), (1, 1)
+
+Number = float | datetime.timedelta | Any  # or an array of them, one for each channel or step
+
+
+class Bands(NamedTuple):
+    """The running mean, and as many standard deviations below and above it as were asked for."""
+
+    lower: Any
+    mean: Any
+    upper: Any
+
+
+def smooth(
+    x: Any,
+    profile: Profile | None = None,
+    *,
+    half_life: Number | None = None,
+    decay: Number | None = None,
+    alpha: Number | None = None,
+    span: Number | None = None,
+    com: Number | None = None,
+    axis: int | None = None,
+    dim: int | None = None,
+    times: Any = None,
+    debias: bool = True,
+    nan: Missing = "skip",
+    weigh: Weigh | None = None,
+    min_periods: int = 1,
+    initial: Any = None,
+    two_sided: bool = False,
+    out: Any = None,
+) -> Any:
+    """The smoothed series: at every step the running mean of all values so far, of x's type, shape and dtype.
+
+        mean[t] = mean[t-1] + c[t] * (x[t] - mean[t-1])     c = gain / weight, from 1 at the first value down to alpha
+
+    Args:
+        x: list, NumPy array, torch tensor (any device, with gradients in x, in the knob and in `initial`), pandas or
+            polars series or frame. Integers give float64. All arithmetic is in float64.
+        profile: how the past is weighted, where it is not exponential: `Power(sigma_rel=.1)`, `Uniform()`.
+        half_life, decay, alpha, span, com: instead, exactly one by keyword, see `Exponential`; also as an array that
+            broadcasts to x, for a memory of its own for each channel or step. With datetimes as times, a half-life is
+            in seconds or a timedelta.
+        axis, dim: of time (two words for one thing): the last by default; of frames always the rows.
+        times: when each value was observed: numbers, datetimes or timedeltas that never decrease. Equal ones weigh
+            alike. Without them one unit passes from value to value.
+        debias: True is the true weighted mean of what was seen (pandas' adjust=True), False starts at the first value.
+        nan: what a missing value does, and infinities are missing too: "skip", its step does not count (pandas'
+            ignore_na=True, and what training logs want); "decay", the past goes on being forgotten (ignore_na=False);
+            "propagate", all is NaN from there on; "raise". Over a gap the mean stays; before the first value it is NaN.
+        weigh: "value", each value counts once (pandas); "time", for what elapsed before it. By default by value, where
+            the profile has it and the knob does not differ from step to step.
+        min_periods: NaN until so many values were observed.
+        initial: the mean before the first value, as if it had always been there; broadcasts to x without its axis.
+            There is nothing to debias then.
+        two_sided: also look ahead: the mean of the values on both sides, weighted by their distance, this one counted
+            once. No lag, for finished curves only.
+        out: where to write the result: an array or tensor of x's shape and kind, of any floating dtype; x itself, too.
+
+    Errors: ValueError for times that decrease, lengths that do not fit, knobs outside their range; TypeError for text,
+    complex numbers, or a bare positional number. An empty series gives an empty one.
+
+    Beside it: `ewma.EMA` is the same one value (or chunk) at a time; `ewm` has variance, covariance and more.
+    TensorBoard's smoothing s is `smooth(x, decay=s)`.
+
+    >>> smooth([1.0, 2.0, 6.0], alpha=0.5)
+    [1.0, 1.6666666666666667, 4.142857142857142]
+    >>> smooth([1.0, None, 6.0], half_life=1, two_sided=True)
+    [2.666666666666667, 3.5, 4.333333333333333]
+    """
+    series = ewm(
+        x,
+        profile,
+        half_life=half_life,
+        decay=decay,
+        alpha=alpha,
+        span=span,
+        com=com,
+        axis=axis,
+        dim=dim,
+        times=times,
+        debias=debias,
+        nan=nan,
+        weigh=weigh,
+        min_periods=min_periods,
+        initial=initial,
+    )
+    return series._two_sided(out=out) if two_sided else series.mean(out=out)
+
+
+class ewm:
+    """Exponentially weighted statistics of a whole series: mean, var, std, cov, corr, sum, zscore, bands.
+
+    The arguments are those of `smooth`. Nothing is computed before a method is called. Each gives x's type, shape and
+    dtype, and is differentiable where `smooth` is.
+
+        mean[t]     = mean[t-1] + c[t] * (x[t] - mean[t-1])
+        variance[t] = (1 - c[t]) * (variance[t-1] + c[t] * (x[t] - mean[t-1]) ** 2)
+
+    With `unbiased=True` variances and covariances are multiplied by `W ** 2 / (W ** 2 - W2)`, W being the sum of the
+    weights and W2 that of their squares (pandas' bias=False); they are NaN then until two values were seen.
+
+    Beside it: pandas' `x.ewm(alpha=a, ignore_na=True)` gives the same numbers, without second moments by times, other
+    profiles, tensors and gradients; `ewma.EMA` gives them value by value.
+
+    >>> ewm([1.0, 2.0, 6.0], alpha=0.5).std()
+    [nan, 0.7071067811865476, 2.6726124191242437]
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        profile: Profile | None = None,
+        *,
+        half_life: Number | None = None,
+        decay: Number | None = None,
+        alpha: Number | None = None,
+        span: Number | None = None,
+        com: Number | None = None,
+        axis: int | None = None,
+        dim: int | None = None,
+        times: Any = None,
+        debias: bool = True,
+        nan: Missing = "skip",
+        weigh: Weigh | None = None,
+        min_periods: int = 1,
+        initial: Any = None,
+    ) -> None:
+        if axis is not None and dim is not None:
+            raise TypeError(f"axis= and dim= are two words for one thing; got axis={axis} and dim={dim}. Keep one.")
+        self._x = unpack("x", x, dim if axis is None else axis)
+        knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
+        passed = None if times is None else stamps.stamps(times, self._x.shape[1])
+        self._elapsed = None if passed is None else passed.elapsed
+        self._rule = rules.rule_of("ewm(x, ", self._x, profile, knobs, debias, weigh, nan, passed)
+        self._needed = check_min_periods(min_periods)
+        self._initial = None
+        if initial is None:
+            self._needed = max(self._needed, 1)
+        else:
+            self._initial, self._rule = starting(initial, self._x), self._rule.begun()
+
+    def mean(self, *, out: Any = None) -> Any:
+        """The running mean; `out` as in `smooth`."""
+        return self._each(lambda chunk, prior, xs: chunk.means[:1], out=out)[0]
+
+    def var(self, *, unbiased: bool = True) -> Any:
+        """The running variance."""
+        return self._each(lambda chunk, prior, xs: (chunk.second(VARIANCE, unbiased),), VARIANCE)[0]
+
+    def std(self, *, unbiased: bool = True) -> Any:
+        """The running standard deviation, the variance's root."""
+        return self._each(lambda chunk, prior, xs: (root(chunk.second(VARIANCE, unbiased)),), VARIANCE)[0]
+
+    def cov(self, y: Any, *, unbiased: bool = True) -> Any:
+        """The running covariance with y, of x's shape and kind. Where one of the two is missing, both are."""
+        return self._each(lambda chunk, prior, xs: (chunk.second(COVARIANCE, unbiased),), COVARIANCE, y=y)[0]
+
+    def corr(self, y: Any) -> Any:
+        """The running correlation with y, from -1 to 1; NaN where one of the two is constant."""
+        return self._each(lambda chunk, prior, xs: (correlated(chunk.spreads),), VARIANCE, COVARIANCE, OTHER, y=y)[0]
+
+    def sum(self) -> Any:
+        """The decayed sum, `sum[t] = keep * sum[t-1] + gain * x[t]`: the mean times the weight that was seen."""
+        if not self._rule.debias:
+            raise ValueError("a sum starts at 0, with nothing to debias: leave out debias=False and initial=")
+        return self._each(lambda chunk, prior, xs: (chunk.means[0] * chunk.total,))[0]
+
+    def zscore(self, *, unbiased: bool = True) -> Any:
+        """How far each value lies from the mean of those before it, in their standard deviations.
+
+        What a value adds itself is left out, so that a spike does not hide in the spread that it makes. NaN until two
+        values were seen, and where x is missing.
+        """
+        return self._each(lambda chunk, prior, xs: (standardized(xs[0], chunk, prior, unbiased),), VARIANCE)[0]
+
+    def bands(self, k: float = 2.0, *, unbiased: bool = True) -> Bands:
+        """`(lower, mean, upper)`: the running mean, and k standard deviations to both sides of it."""
+
+        def bands(chunk: Chunk, prior: Moments, xs: Any) -> tuple[Array, ...]:
+            mean, width = chunk.means[0], k * root(chunk.second(VARIANCE, unbiased))
+            return mean - width, mean, mean + width
+
+        return Bands(*self._each(bands, VARIANCE, results=3))
+
+    def _each(
+        self, statistic: Statistic, *wanted: tuple[int, int], y: Any = None, out: Any = None, results: int = 1
+    ) -> list[Any]:
+        series = [self._x]
+        if y is not None:
+            series.append(unpack("y", y, self._x.axis))
+            if tuple(series[1].array.shape) != tuple(self._x.array.shape):
+                raise ValueError(
+                    f"expected y of x's shape, {list(self._x.array.shape)}; got {list(series[1].array.shape)}"
+                )
+        moments = Moments(self._rule, wanted)
+        if self._initial is not None:
+            moments.begin_at((self._initial,) * len(series))
+        return sweep(moments, series, self._elapsed, self._needed, statistic, results, out)
+
+    def _two_sided(self, out: Any) -> Any:
+        if self._initial is not None or not self._rule.debias:
+            raise ValueError("two_sided weighs by distance alone: leave out debias=False and initial=")
+        return both_sides(self._rule, self._x, self._elapsed, self._needed, out)

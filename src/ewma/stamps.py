@@ -1,0 +1,119 @@
+"""Time stamps: what elapsed between the values of a series, from numbers, datetimes or timedeltas."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any, NamedTuple
+
+import numpy
+
+from ewma.arrays import is_tensor
+from ewma.columns import Vector
+
+SECOND = numpy.timedelta64(1, "s")
+
+
+class Stamps(NamedTuple):
+    """`elapsed[t]` is what passed before value t, in units or seconds; `last` the newest stamp, from which to go on."""
+
+    elapsed: Vector
+    last: Any
+
+
+def stamps(times: Any, n: int, last: Any = None) -> Stamps:
+    """What elapsed before each of n values.
+
+    Args:
+        times: one for each value, never decreasing; datetimes and timedeltas are taken in seconds.
+        last: the stamp before the first; without it, one unit elapses before the first.
+
+    Equal stamps elapse nothing: such values weigh alike.
+    """
+    array = _as_array(times)
+    if array.shape != (n,):
+        raise ValueError(
+            f"expected times of length {n}, one for each value along the axis; got shape {list(array.shape)}"
+        )
+    if not n:
+        return Stamps(numpy.empty(0), last)
+    if (
+        last is not None
+        and numpy.asarray(last).dtype.kind != array.dtype.kind
+        and "M"
+        in (
+            numpy.asarray(last).dtype.kind,
+            array.dtype.kind,
+        )
+    ):
+        raise TypeError(f"expected times as before, such as {last!r}; got {array[0]!r}")
+    missing = numpy.isnat(array) if array.dtype.kind in "Mm" else ~numpy.isfinite(array)
+    if missing.any():
+        place = int(missing.argmax())
+        raise ValueError(f"expected a time for every value; times[{place}] is {array[place]}")
+    begin = array[:1] if last is None else numpy.asarray([last])
+    differences = numpy.diff(numpy.concatenate((begin, array)))
+    elapsed = differences / SECOND if differences.dtype.kind == "m" else differences.astype(float)
+    if (elapsed < 0.0).any():
+        place = int((elapsed < 0.0).argmax())
+        before = begin[0] if place == 0 else array[place - 1]
+        raise ValueError(
+            f"expected times that never decrease; times[{place}] = {array[place]} comes after {before}. Sort "
+            f"by time first: order = numpy.argsort(times), then x[order] and times[order]."
+        )
+    if last is None:
+        elapsed[0] = 1.0
+    return Stamps(elapsed, array[-1])
+
+
+def _as_array(times: Any) -> Any:
+    if is_tensor(times):
+        times = times.detach().cpu().numpy()
+    if getattr(getattr(times, "dtype", None), "tz", None) is not None:  # pandas, with a time zone
+        times = (times.dt if hasattr(times, "dt") else times).tz_convert(None)
+    if hasattr(times, "to_numpy"):
+        times = times.to_numpy()
+    if isinstance(times, str) or not hasattr(times, "__len__"):
+        raise TypeError(f"expected times as a list or an array; got {times!r}")
+    if isinstance(times, list | tuple) and times and isinstance(times[0], datetime.date):
+        times = [_utc(time) for time in times]
+    array = numpy.asarray(times)
+    if array.dtype.kind == "O" and array.size and isinstance(array.flat[0], datetime.date):
+        array = numpy.array([_utc(time) for time in array.flat]).reshape(array.shape)
+    if array.dtype.kind == "f":
+        return array.astype(float)
+    if array.dtype.kind == "u":
+        return array.astype(float) if array.dtype.itemsize == 8 else array.astype("int64")
+    if array.dtype.kind in "iMm":
+        return array
+    if not array.size:
+        return array.astype(float)
+    raise TypeError(
+        f"expected times as numbers, datetimes or timedeltas; got {array.dtype}. Text is parsed by "
+        f"numpy.asarray(times, dtype='datetime64[s]') or pandas.to_datetime(times)."
+    )
+
+
+def _utc(time: Any) -> Any:
+    if not isinstance(time, datetime.date):
+        raise TypeError(f"expected every time to be a datetime, as the first is; got {time!r}")
+    if isinstance(time, datetime.datetime) and time.tzinfo is not None:
+        time = time.astimezone(datetime.UTC).replace(tzinfo=None)
+    return time.to_datetime64() if hasattr(time, "to_datetime64") else numpy.datetime64(time)
+
+
+def dated(stamp: Any) -> bool:
+    """Whether a stamp is a datetime or timedelta, so that elapsed is in seconds."""
+    return numpy.asarray(stamp).dtype.kind in "Mm"
+
+
+def in_seconds(name: str, duration: Any, dated: bool) -> Any:
+    """A timedelta as seconds; anything else as it is."""
+    if isinstance(duration, datetime.timedelta):
+        seconds = duration.total_seconds()
+    elif isinstance(duration, numpy.timedelta64):
+        seconds = float(duration / SECOND)
+    else:
+        return duration
+    if not dated:
+        raise TypeError(f"{name}={duration!r} is a duration, which needs times= of datetimes or timedeltas")
+    return seconds

@@ -1,0 +1,253 @@
+"""One pass over whole series, in pieces that fit the processor's cache, whatever the kernel.
+
+Nothing is ever as large as the series but the result; with autograd, which has to remember all of it, one piece is all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy
+
+from ewma.arrays import Array, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.columns import Vector
+from ewma.moments import Chunk, Moments
+from ewma.values import Series
+from ewma.weighting import Rule
+
+PIECE = 1 << 17
+"""How many elements are in work at a time."""
+SHORTEST = 64
+MOST = 1 << 16
+LARGE = 1 << 20
+"""How many steps a piece has at least, where there are more; how many series it has at most; and from how many elements
+on threads are worth their start."""
+
+Statistic: TypeAlias = Callable[[Chunk, Moments, tuple[Array, ...]], tuple[Array, ...]]
+"""Of a chunk, of the moments before it and of its values: the arrays that are asked for."""
+
+
+def sweep(
+    moments: Moments,
+    series: Sequence[Series],
+    elapsed: Vector | None,
+    needed: int,
+    statistic: Statistic,
+    results: int = 1,
+    out: Any = None,
+) -> list[Any]:
+    """Take in whole series and give what `statistic` makes of them, packed as the first one came.
+
+    Args:
+        moments: where they begin; for each series alike.
+        elapsed: what passed before each step; None for one unit each.
+        needed: how many values must have been observed, for there to be a result.
+        results: how many arrays `statistic` gives.
+        out: where to write the only result, if not to a new array.
+    """
+    first = series[0]
+    outer, n, inner = first.shape
+    arrays = [one.array.reshape(outer, n, inner) for one in series]
+    if moments.rule.missing == "raise":
+        for array in arrays:
+            raise_for_missing(array)
+    if needs_gradient(*arrays, moments.rule.alpha, *moments.means):
+        if out is not None:
+            raise ValueError("out= cannot be written where autograd has to remember: leave it out, or use no_grad()")
+        whole = _advance(moments, arrays, elapsed, 0, needed, statistic) if first.array.numel() else arrays * results
+        return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in whole]
+    made = [empty(first) if out is None else _check_out(first, out) for _ in range(results)]
+    views = [array.reshape(outer, n, inner) for array in made]
+
+    def group(lanes: tuple[slice, slice]) -> None:
+        rows, columns = lanes
+        part = moments.of(rows, columns)
+        with quietly(first.array):
+            inputs, outputs = ([array[rows, :, columns] for array in several] for several in (arrays, views))
+            follow(part, inputs, elapsed, needed, statistic, outputs)
+
+    threads = _threads(first.array, inner)
+    if threads == 1:
+        for lanes in _lanes(outer, inner, 1):
+            group(lanes)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(group, _lanes(outer, inner, threads)))
+    return [_give(first, array, out) for array in made]
+
+
+def follow(
+    moments: Moments,
+    arrays: Sequence[Array],
+    elapsed: Vector | None,
+    needed: int,
+    statistic: Statistic,
+    outputs: Sequence[Array],
+) -> None:
+    """Move the moments on through arrays of shape (outer, n, inner), and write what `statistic` makes of them."""
+    outer, n, inner = arrays[0].shape
+    step = max(PIECE // max(outer * inner, 1), SHORTEST)
+    for begin in range(0, n, step):
+        piece = [array[:, begin : begin + step] for array in arrays]
+        passed = None if elapsed is None else elapsed[begin : begin + step]
+        results = _advance(moments, piece, passed, begin, needed, statistic)
+        for output, result in zip(outputs, results, strict=True):
+            output[:, begin : begin + step] = result
+
+
+def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, out: Any) -> Any:
+    """The mean of the values on both sides of each, weighted by their distance, the value itself counted once.
+
+    (before * weight before + after * weight after - x) / (weight before + weight after - 1)
+    """
+    outer, n, inner = series.shape
+    x = wide(series.array.reshape(outer, n, inner))
+    target = empty(series) if out is None else _check_out(series, out)
+    if not n:
+        return series.pack(target)
+    module = module_of(x)
+    rule = replace(rule, weigh="value")
+    back = None if elapsed is None else numpy.concatenate(([1.0], elapsed[:0:-1]))
+    with contextlib.nullcontext() if needs_gradient(x, rule.alpha) else quietly(x):
+        ahead = Moments(rule).advance((x,), elapsed)
+        behind = Moments(rule.reversed()).advance((module.flip(x, (1,)),), back)
+        mean, weight, count = (module.flip(part, (1,)) for part in (behind.means[0], behind.total, behind.count))
+        finite = module.isfinite(x)
+        own, start = wide(finite), module.where(ahead.count > 0, ahead.means[0], mean)
+        # Written as a change of what lies before, a constant stays exactly what it is.
+        change = (mean - start) * weight - own * (module.where(finite, x, 0.0) - start)
+        total = ahead.total + weight - own
+        result = start + change / module.where(total > 0.0, total, 1.0)
+        result = module.where(ahead.count + count - own >= needed, result, math.nan)
+        if needs_gradient(x, rule.alpha):
+            return series.pack(result.reshape(series.array.shape).to(series.floating))
+        target.reshape(outer, n, inner)[...] = result
+        return _give(series, target, out)
+
+
+def _advance(
+    moments: Moments,
+    piece: Sequence[Array],
+    elapsed: Vector | None,
+    begin: int,
+    needed: int,
+    statistic: Statistic,
+) -> tuple[Array, ...]:
+    """One piece; NaN where too few values were observed."""
+    prior = copy.copy(moments)
+    xs = tuple(piece)
+    chunk = moments.advance(xs, elapsed, begin)
+    made = statistic(chunk, prior, xs)
+    if may_ask(chunk.count) and bool((chunk.count[:, 0] >= needed).all()):
+        return made
+    module, enough = module_of(xs[0]), chunk.count >= needed
+    return tuple(module.where(enough, array, float("nan")) for array in made)
+
+
+def raise_for_missing(x: Array) -> None:
+    """Before anything is computed, so that nothing is written in vain."""
+    step = max(PIECE // max(x.shape[0] * x.shape[2], 1), 1)
+    for begin in range(0, x.shape[1], step):
+        finite = module_of(x).isfinite(x[:, begin : begin + step])
+        if not bool(finite.all()):
+            place = begin + int((~finite).any(2).any(0).nonzero()[0].ravel()[0])
+            raise ValueError(
+                f'expected finite values only, by nan="raise"; got one that is not at step {place}. nan="skip" leaves '
+                f"such values out."
+            )
+
+
+def _lanes(outer: int, inner: int, threads: int) -> Iterator[tuple[slice, slice]]:
+    """The series in groups: no more of them than can be in work at a time, and one group at least for each thread."""
+    wide = max(min(inner, MOST), 1)
+    high = max(MOST // wide, 1)
+    if outer >= threads:
+        high = min(high, -(-outer // threads))
+    else:
+        wide = min(wide, -(-inner // threads))
+    for row in range(0, outer, high):
+        for column in range(0, inner, wide):
+            yield slice(row, row + high), slice(column, column + wide)
+
+
+def _threads(x: Array, inner: int) -> int:
+    """How many threads share many series side by side: NumPy's alone, since torch has its own."""
+    if is_tensor(x) or x.size < LARGE or inner == 1:
+        return 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def empty(series: Series) -> Array:
+    """Room for a result."""
+    x = series.array
+    if is_tensor(x):
+        return x.new_empty(x.shape, dtype=series.floating)
+    return module_of(x).empty(x.shape, series.floating)
+
+
+def _check_out(series: Series, out: Any) -> Array:
+    """Where to write: `out` itself, or room of its own where out is not one stretch of memory or shares some of x's."""
+    x = series.array
+    if is_tensor(out) != is_tensor(x) or not (is_tensor(out) or isinstance(out, module_of(x).ndarray)):
+        raise TypeError(f"expected out to be an array or a tensor, as x is; got {type(out).__name__}")
+    if tuple(out.shape) != tuple(x.shape):
+        raise ValueError(f"expected out of x's shape, {list(x.shape)}; got {list(out.shape)}")
+    if is_tensor(out):
+        if not out.is_floating_point() or out.device != x.device:
+            raise TypeError(f"expected out of a floating dtype on {x.device}; got {out.dtype} on {out.device}")
+        if out.requires_grad:
+            raise ValueError("out needs a gradient, and cannot be written in place: give out.detach()")
+        simple = (
+            out.is_contiguous()
+            and not out._is_view()
+            and (out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or out is x)
+        )
+    else:
+        if out.dtype.kind != "f":
+            raise TypeError(f"expected out of a floating dtype; got {out.dtype}")
+        if not out.flags.writeable:
+            raise ValueError("expected out to be writeable; got a read-only array")
+        simple = out.flags.c_contiguous and (out is x or not module_of(x).may_share_memory(out, x))
+    return out if simple else empty(series)
+
+
+def _give(series: Series, made: Array, out: Any) -> Any:
+    """The result as the series came, or in `out`."""
+    if out is None:
+        return series.pack(made)
+    if made is not out:
+        out[...] = made
+    return out
+
+
+def quietly(x: Array) -> contextlib.AbstractContextManager[Any]:
+    """Without autograd and without NumPy's warnings: what overflows on the way is computed otherwise."""
+    guard: contextlib.AbstractContextManager[Any]
+    guard = module_of(x).no_grad() if is_tensor(x) else numpy.errstate(all="ignore")
+    return guard
+
+
+def starting(initial: Any, series: Series) -> Array:
+    """The mean to start from, of shape (outer, 1, inner)."""
+    x = series.array
+    outer, _, inner = series.shape
+    value = wide(initial.to(x.device)) if is_tensor(initial) and is_tensor(x) else like(x, initial)
+    sizes = list(x.shape)
+    del sizes[series.axis]
+    try:
+        value = module_of(x).broadcast_to(value, tuple(sizes))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"expected initial of a shape that broadcasts to x's without its axis, {sizes}; got {list(value.shape)}"
+        ) from error
+    if may_ask(value) and not bool(module_of(x).isfinite(value).all()):
+        raise ValueError(f"expected initial to be finite; got {initial}")
+    return value.reshape(outer, 1, inner)
