@@ -46,8 +46,8 @@ class EMA:
     ...     ema.update(x)
     >>> round(ema.get(), 4), ema.count
     (2.4286, 3)
-    >>> ema.extend([4.0, 5.0])
-    [3.266666666666667, 4.161290322580645]
+    >>> [round(mean, 4) for mean in ema.extend([4.0, 5.0])], ema.count
+    ([3.2667, 4.1613], 5)
     """
 
     def __init__(
