@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*') pyproject.toml README.md
+EWMA := $(VENV)/.ewma-$(notdir $(CC))
 
 .PHONY: demo test format bench clean
 
-demo: $(VENV)/.demo $(VENV)/.ewma
+demo: $(VENV)/.demo $(EWMA)
 	$(BIN)/python examples/train_digits.py
 
-test: $(VENV)/.dev $(VENV)/.ewma
+test: $(VENV)/.dev $(EWMA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -20,7 +21,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev $(VENV)/.ewma
+bench: $(VENV)/.dev $(EWMA)
 	$(BIN)/python -m benchmarks
 
 clean:
@@ -38,6 +39,8 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install --constraint constraints.txt --no-build-isolation ".[$*]"
 	touch $@
 
-$(VENV)/.ewma: $(VENV)/.torch $(SOURCES)
+# With another compiler than last time, what the last one built must not be taken over.
+$(EWMA): $(VENV)/.torch $(SOURCES)
+	test -e $@ || rm -rf build $(VENV)/.ewma-*
 	$(PIP) install --constraint constraints.txt --no-build-isolation --force-reinstall --no-deps .
 	touch $@
