@@ -82,15 +82,13 @@ def poisoned(size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 @each_value
-@each_way
+@pytest.mark.parametrize("way", [(bf16, 5), (f32, 5), (f64, None)], ids=str)
 @pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize("c", [0.0, 1e-4, 0.3])
 def test_the_bits_are_the_references_where_both_compute_in_float64(
     instructions: str, way: Any, value_dtype: torch.dtype, guard: bool, c: float
 ) -> None:
     (dtype, drawn), size = way, 20_011
-    if drawn is None and dtype != f64:
-        pytest.skip("in float32")
     for value, average in (
         (normal(size, dtype=value_dtype), normal(size, dtype=dtype, seed=1)),
         (poisoned(size, value_dtype), poisoned(size, dtype, seed=1)),
