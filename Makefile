@@ -32,7 +32,7 @@ sanitize: $(VENV)/.dev $(EWMA)
 	$(CC) -shared -fPIC -O3 -g -Wall -Wextra -Werror -Wno-unused-parameter -fsanitize=address,undefined \
 		-fno-sanitize-recover=all -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread \
 		-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
-		src/ewma/kernels/native.c -o $(SANITIZED)/ewma/kernels/_native.abi3.so
+		src/ewma/kernels/native.c src/ewma/kernels/places.c -o $(SANITIZED)/ewma/kernels/_native.abi3.so
 	LD_PRELOAD="$(foreach library,$(SANITIZERS),$(shell $(CC) -print-file-name=$(library)))" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 		$(BIN)/python -m pytest -k native tests/test_native.py tests/test_choice.py tests/test_kernels.py

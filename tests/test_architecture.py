@@ -17,7 +17,7 @@ FLOORS = [
     {"profiles": set()},
     {"recurrence": set()},
     {"kernels": set(), "files": set(), "names": set()},
-    {"cells": set(), "hooks": set(), "swapping": set(), "tracks": set()},
+    {"cells": set(), "hooks": set(), "places": set(), "swapping": set(), "tracks": set()},
     {"binding": set(), "states": set()},
     {"views": set()},
     {"series": set(), "weights": set(), "gradients": set(), "nn": set()},

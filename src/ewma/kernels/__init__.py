@@ -39,6 +39,13 @@ class Lerp(Protocol):
     skipped: Any
     """How many elements were left out so far, being non-finite: an int or a 0-dim tensor."""
 
+    noted: Sequence[Tensor]
+    """The averages that are found by their addresses: when one's memory moves, the update must be prepared anew. (When
+    a value's does, always.)"""
+
+    free: bool
+    """Whether no torch operation runs, so that no mode (gradients, inference) needs to be entered for the call."""
+
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         """Update all averages.
 

@@ -1,7 +1,10 @@
-"""The compiled module: native.c, where a C compiler was there when the package was installed."""
+"""The compiled module: native.c and places.c, where a C compiler was there when the package was installed."""
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
 
 from ewma.kernels import Coefficient, Word
 
@@ -23,3 +26,19 @@ def instruction_sets() -> list[str]:
 
 def use(name: str) -> None:
     """Use another of them, from here on."""
+
+def places(tensors: list[Tensor], exchange: object) -> bytes:
+    """Memory, device, dtype, shape and strides of each. `exchange` is `torch.Tensor.__dlpack_c_exchange_api__`."""
+
+def moved(
+    tables: list[dict[str, Any]],
+    members: list[Any],
+    tensors: list[Tensor],
+    parts: array[int],
+    exchange: object,
+    noted: bytes,
+) -> bool:
+    """Whether the tables hold other members, or the tensors' places are not those noted.
+
+    `parts` are two addresses for each tensor, of memory that torch reads to tell where it is.
+    """

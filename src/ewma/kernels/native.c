@@ -544,8 +544,13 @@ static PyObject *py_use(PyObject *module, PyObject *name)
     return PyErr_Format(PyExc_ValueError, "this machine has no instruction set called %R", name);
 }
 
+PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
+PyObject *py_moved(PyObject *module, PyObject *arguments);
+
 static PyMethodDef METHODS[] = {
     {"lerp", py_lerp, METH_VARARGS, NULL},
+    {"places", py_places, METH_VARARGS, NULL},
+    {"moved", py_moved, METH_VARARGS, NULL},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, NULL},
     {"use", py_use, METH_O, NULL},
     {NULL, NULL, 0, NULL},

@@ -1,7 +1,7 @@
 """The update in one compiled pass over memory, for tensors on the CPU.
 
 native.c has the loops and goes by pointers; this file checks, once for each preparation, all that would be a crash or a
-silent mistake there. The tensors are held, so that nothing is freed. One whose storage moves must be prepared anew.
+silent mistake there. The tensors are held, so that nothing is freed; one whose memory moves must be prepared anew.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ewma.kernels import Coefficient, Word, _native, foreach
 from ewma.kernels.layout import dense
@@ -33,11 +34,12 @@ class NativeLerp:
         mine = [n for n, value in enumerate(values) if _plain(value, *(several[n] for several in averages))]
         others = sorted(set(range(len(values))) - set(mine))
         self.values = [values[n] for n in mine]
-        self.averages = [[several[n] for n in mine] for several in averages]
-        _check_overlap(self.values, self.averages)
-        self.table = _table(self.values, self.averages, [streams[n] for n in mine], guard)
+        chosen = [[several[n] for n in mine] for several in averages]
+        _check_overlap(self.values, chosen)
+        self.table = _table(self.values, chosen, [streams[n] for n in mine], guard)
+        self.noted = [average for several in chosen for average in several]
         self.large = sum(value.numel() for value in self.values) * len(averages) >= LARGE
-        self.versioned = [a for several in self.averages for a in several if not a.is_inference()]
+        self.versioned = [average for average in self.noted if not average.is_inference()]
         self.rest = foreach.lerp(
             [values[n] for n in others],
             [[several[n] for n in others] for several in averages],
@@ -45,23 +47,18 @@ class NativeLerp:
             guard,
         )
         self.left_out = 0
+        self.free = not self.rest.blocks
 
     @property
     def skipped(self) -> Any:
         return self.left_out + self.rest.skipped
 
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
-        if torch.compiler.is_compiling():  # C code is not part of anybody's graph
-            torch.compiler.disable(self.run)(coefficients, words)
-        else:
-            self.run(coefficients, words)
-
-    def run(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         threads = torch.get_num_threads() if self.large else 1
-        self.left_out += _native.lerp(self.table, coefficients, words, threads)
         # Autograd refuses to go back through what was overwritten meanwhile; only torch's own operations tell it.
-        torch.autograd.graph.increment_version(self.versioned)
-        if self.rest.blocks:
+        increment_version(self.versioned)
+        self.left_out += _native.lerp(self.table, coefficients, words, threads)
+        if not self.free:
             self.rest(coefficients, words)
 
 
