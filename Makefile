@@ -1,16 +1,18 @@
 # Two commands: `make demo` and `make test`. Each makes .venv with what it needs, and is quick the second time.
+# For who changes native.c: `make sanitize`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*') pyproject.toml README.md
+EWMA := $(VENV)/.ewma-$(notdir $(CC))
 
-.PHONY: demo test format bench clean
+.PHONY: demo test sanitize format bench clean
 
-demo: $(VENV)/.demo $(VENV)/.ewma
+demo: $(VENV)/.demo $(EWMA)
 	$(BIN)/python examples/train_digits.py
 
-test: $(VENV)/.dev $(VENV)/.ewma
+test: $(VENV)/.dev $(EWMA)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -20,7 +22,22 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev $(VENV)/.ewma
+# The kernel tests once more, with every read, write and integer operation of native.c watched.
+SANITIZED := build/sanitized
+SANITIZERS := libasan.so libubsan.so libstdc++.so.6
+sanitize: $(VENV)/.dev $(EWMA)
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r src/ewma $(SANITIZED)
+	$(CC) -shared -fPIC -O3 -g -Wall -Wextra -Werror -Wno-unused-parameter -fsanitize=address,undefined \
+		-fno-sanitize-recover=all -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread \
+		-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
+		src/ewma/kernels/native.c src/ewma/kernels/places.c -o $(SANITIZED)/ewma/kernels/_native.abi3.so
+	LD_PRELOAD="$(foreach library,$(SANITIZERS),$(shell $(CC) -print-file-name=$(library)))" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+		$(BIN)/python -m pytest -k native tests/test_native.py tests/test_choice.py tests/test_kernels.py
+
+bench: $(VENV)/.dev $(EWMA)
 	$(BIN)/python -m benchmarks
 
 clean:
@@ -38,6 +55,8 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install --constraint constraints.txt --no-build-isolation ".[$*]"
 	touch $@
 
-$(VENV)/.ewma: $(VENV)/.torch $(SOURCES)
+# With another compiler than last time, what the last one built must not be taken over.
+$(EWMA): $(VENV)/.torch $(SOURCES)
+	test -e $@ || rm -rf build $(VENV)/.ewma-*
 	$(PIP) install --constraint constraints.txt --no-build-isolation --force-reinstall --no-deps .
 	touch $@

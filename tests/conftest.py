@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+
+from ewma import kernels
+
+NATIVE_MISSING = kernels.missing()
+if NATIVE_MISSING:
+    os.environ.setdefault("EWMA_KERNEL", "foreach")  # content with that, without the warning
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if NATIVE_MISSING:
+        terminalreporter.write_line(f"{NATIVE_MISSING}: the tests of kernels/native.c were skipped")
 
 
 @pytest.fixture(autouse=True)

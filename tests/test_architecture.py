@@ -17,7 +17,7 @@ FLOORS = [
     {"profiles": set(), "arrays": set()},
     {"recurrence": set(), "columns": set(), "values": set()},
     {"kernels": set(), "files": set(), "names": set(), "weighting": set(), "stamps": set()},
-    {"moments": set(), "rules": set(), "hooks": set(), "swapping": set(), "tracks": set()},
+    {"moments": set(), "rules": set(), "hooks": set(), "places": set(), "swapping": set(), "tracks": set()},
     {"sweep": set()},
     {"cells": set()},
     {"binding": set(), "states": set()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,12 @@ from ewma.kernels.noise import word
 bf16, f16, f32, f64, f8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn
 NAN, INF = math.nan, math.inf
 
-KERNELS = [reference, foreach]
+native = None if kernels.missing() else importlib.import_module("ewma.kernels.native")
+KERNELS = [
+    reference,
+    foreach,
+    pytest.param(native, id="native", marks=pytest.mark.skipif(native is None, reason=str(kernels.missing()))),
+]
 VALUES = [f8, f16, bf16, f32, f64]
 WAYS = [(bf16, None), (bf16, 5), (f32, None), (f32, 5), (f64, None)]
 """Dtype of the averages, and the word of the random bits; float64 is rounded to nearest only."""
@@ -285,9 +291,12 @@ def test_rounding_is_unbiased(kernel: ModuleType, dtype: torch.dtype, c: float) 
     assert (error.sum(0).abs() < 8 * variance.sum(0).sqrt() + across.sub(results).abs().amax(0)).all()
 
 
+TINY = [1e-4, 1e-5, 1e-6]
+
+
 @pytest.mark.parametrize(
     ("kernel", "coefficients"),
-    [(reference, [1e-5]), *((kernel, [1e-4, 1e-5, 1e-6]) for kernel in KERNELS[1:])],
+    [(reference, [1e-5]), (foreach, TINY), pytest.param(native, TINY, marks=KERNELS[2].marks)],
     ids=name_of,
 )
 def test_20_000_tiny_updates_of_float32_arrive(kernel: ModuleType, coefficients: Sequence[float]) -> None:
@@ -554,27 +563,3 @@ def test_no_device_is_waited_for(way: Any, value_dtype: torch.dtype, shape: tupl
     for c in (0.3, make((), dtype=f64)):
         lerp([c, c], [drawn, None])
     assert isinstance(lerp.skipped, Tensor) == guard
-
-
-# Which kernel
-
-
-@pytest.mark.parametrize("name", kernels.KERNELS)
-def test_a_kernel_is_forced_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("EWMA_KERNEL", name)
-    value, average = torch.ones(3), torch.zeros(3)
-    lerp = kernels.lerp([value], [[average]], [11])
-    lerp([0.25], [None])
-    assert type(lerp).__module__ == f"ewma.kernels.{name}"
-    assert average.tolist() == [0.25] * 3
-
-
-def test_foreach_serves_unless_another_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EWMA_KERNEL", raising=False)
-    assert isinstance(kernels.lerp([], [[]], []), foreach.ForeachLerp)
-
-
-def test_an_unknown_kernel_is_answered_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EWMA_KERNEL", "fast")
-    with pytest.raises(ValueError, match="EWMA_KERNEL=fast: no kernel has that name; there are reference, foreach"):
-        kernels.lerp([], [[]], [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from ewma import kernels
 from ewma.kernels.noise import word
 from ewma.names import Named, named_tensors
+from ewma.places import watch
 from ewma.profiles import Exponential
 from ewma.recurrence import Recurrence
 from ewma.tracks import Track
@@ -85,11 +85,6 @@ class Binding:
 
     def __init__(self, model: nn.Module, policy: Policy, tracks: Sequence[Track], copies: dict[str, Tensor]) -> None:
         self.policy, self.tracks = policy, tracks
-        modules = list(model.modules())
-        self.tables: list[dict[str, Any]] = [
-            table for module in modules for table in (module._parameters, module._buffers, module._modules)
-        ]
-        self.members = [member for table in self.tables for member in table.values()]
         self.roles: dict[str, list[Named]] = {"averaged": [], "copied": [], "raw": []}
         for named in named_tensors(model):
             if not is_lazy(named.tensor):
@@ -98,10 +93,15 @@ class Binding:
                     _check(named)
                 self.roles[role].append(named)
         self._check_selection()
-        self.places = self._places()
         self._adopt()
         self._copy_in(copies)
+        self.clocks = [track.clock for track in tracks]
         self.updates = list(self._updates())
+        mine = [average for update, _, _ in self.updates for average in update.noted]
+        self.moved = watch(model, [*(named.tensor for named in self.averaged + self.copied), *mine])
+        """Whether any of the tensors has changed since: complete, and cheap enough for every step."""
+        self.free = not (policy.capturable or self.copies_from) and all(update.free for update, _, _ in self.updates)
+        """Whether a float's worth of elapsed runs no torch operation, so that no mode needs to be entered for it."""
 
     @property
     def averaged(self) -> list[Named]:
@@ -114,19 +114,6 @@ class Binding:
     @property
     def raw(self) -> list[Named]:
         return self.roles["raw"]
-
-    def moved(self) -> bool:
-        """Whether anything about the model's tensors has changed since: complete, and cheap enough for every step."""
-        members = [member for table in self.tables for member in table.values()]
-        return (
-            len(members) != len(self.members)
-            or not all(map(operator.is_, members, self.members))
-            or self._places() != self.places
-        )
-
-    def _places(self) -> list[tuple[Any, ...]]:
-        tensors = (named.tensor for named in self.averaged + self.copied)
-        return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
 
     def _check_selection(self) -> None:
         if self.averaged:
@@ -145,16 +132,14 @@ class Binding:
             seed: of the random bits of stochastic rounding.
         """
         counts = [track.clock.count + 0.0 for track in self.tracks]  # of updates before this one
-        clocks = {id(clock): clock for _, used, _ in self.updates for clock in used}
-        clocks.update((id(track.clock), track.clock) for track in self.tracks)
-        coefficients = {key: clock.advance(elapsed) for key, clock in clocks.items()}
+        coefficients = [clock.advance(elapsed) for clock in self.clocks]
         for track in self.tracks:
             track.updated = True
         for update, used, dtype in self.updates:
-            mine = [coefficients[id(clock)] for clock in used]
+            mine = [coefficients[number] for number in used]
             words = [
-                word(seed, count) if _stalls(dtype, coefficient, clock, at_most) else None
-                for count, coefficient, clock in zip(counts, mine, used, strict=True)
+                word(seed, count) if _stalls(dtype, coefficients[number], self.clocks[number], at_most) else None
+                for count, number in zip(counts, used, strict=True)
             ]
             update(mine, words)
         if self.copies_from:
@@ -210,19 +195,27 @@ class Binding:
         self.copies_from = [named.tensor.detach() for named in self.copied]
 
     def _updates(self) -> Any:
-        """One prepared update for all tensors that share clocks, dtypes and devices."""
+        """One prepared update for all tensors that share clocks (by their numbers), dtypes and devices."""
         groups: dict[Any, list[Named]] = {}
         for named in self.averaged:
             average = self.tracks[0].averages[named.name]
-            clocks = tuple(id(track.clock_of(named.name)) for track in self.tracks)
+            clocks = tuple(self._number(track.clock_of(named.name)) for track in self.tracks)
             kind = (named.tensor.dtype, named.tensor.device, average.dtype, average.device)
             groups.setdefault((clocks, kind), []).append(named)
-        for group in groups.values():
+        for (clocks, _), group in groups.items():
             averages = [[_real(track.averages[named.name]) for named in group] for track in self.tracks]
             values = [_real(named.tensor.detach()) for named in group]
             streams = [zlib.crc32(named.name.encode()) for named in group]
             update = kernels.lerp(values, averages, streams, self.policy.guard)
-            yield update, [track.clock_of(group[0].name) for track in self.tracks], averages[0][0].dtype
+            yield update, clocks, averages[0][0].dtype
+
+    def _number(self, clock: Recurrence) -> int:
+        """The place of a clock in the list of all, at its end if it is new."""
+        for number, known in enumerate(self.clocks):
+            if known is clock:
+                return number
+        self.clocks.append(clock)
+        return len(self.clocks) - 1
 
 
 def _stalls(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: float) -> bool:

@@ -233,6 +233,9 @@ class ModelEMA(Readable):
 
     def bind(self) -> Binding:
         """The model's tensors as they are now, each with its average; before the first update a copy of the weights."""
+        if torch.compiler.is_compiling():
+            binding: Binding = torch.compiler.disable(self.bind)()
+            return binding
         with torch.inference_mode(False), torch.no_grad():
             binding = self._rebind_if_moved()
             if swapping.raw_weights(self.model) is None:
@@ -264,9 +267,15 @@ class ModelEMA(Readable):
         self._steps, self._waiting, self._waiting_at_most = 0, 0.0, 0.0
 
     def _update(self, elapsed: Any, at_most: float) -> None:
+        if torch.compiler.is_compiling():  # nothing here is part of anybody's graph
+            torch.compiler.disable(self._update)(elapsed, at_most)
+            return
         self.refuse_if_swapped()
         if not all(track.updated for track in self.tracks.values()):
             self._binding = None  # what `bind` filled in since may need care: the update is prepared for what is there
+        if self._binding and self._binding.free and isinstance(elapsed, float) and not self._binding.moved():
+            self._binding.run(elapsed, at_most, self.seed)
+            return
         # Averages made or written in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._rebind_if_moved().run(elapsed, at_most, self.seed)

@@ -2,15 +2,21 @@
 
 A kernel is a module with `lerp(values, averages, streams, guard)`: it prepares, once, the update of many averages from
 many values, and returns a `Lerp` to be called at every step. Coefficients are floats; or 0-dim float64 tensors where
-only the device knows them, and then nothing waits for it. `EWMA_KERNEL=reference` (or `foreach`) forces one.
+only the device knows them, and then nothing waits for it.
 
-Nothing is imported before it is needed: what works on NumPy arrays never brings torch.
+    native      on the CPU, where it was compiled when the package was installed
+    foreach     everywhere else
+    reference   the definition, for tests
+
+`EWMA_KERNEL=foreach` (or another) forces one; `python -m ewma.kernels` tells which serves here and why. Nothing is
+imported before it is needed: what works on NumPy arrays never brings torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -19,9 +25,11 @@ from ewma.arrays import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "lerp", "scan"]
+__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "choose", "lerp", "missing", "scan"]
 
-KERNELS = ("reference", "foreach")
+KERNELS = ("reference", "foreach", "native")
+
+INSTALL = "install a C compiler and then ewma again: pip install --force-reinstall --no-deps --no-cache-dir ."
 
 Coefficient: TypeAlias = "float | Tensor"
 Word: TypeAlias = "int | Tensor"
@@ -32,6 +40,13 @@ class Lerp(Protocol):
 
     skipped: Any
     """How many elements were left out so far, being non-finite: an int or a 0-dim tensor."""
+
+    noted: Sequence[Tensor]
+    """The averages that are found by their addresses: when one's memory moves, the update must be prepared anew. (When
+    a value's does, always.)"""
+
+    free: bool
+    """Whether no torch operation runs, so that no mode (gradients, inference) needs to be entered for the call."""
 
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         """Update all averages.
@@ -59,8 +74,11 @@ def lerp(
     for several in zip(*averages, strict=True):
         if len({(average.dtype, average.device, average.stride()) for average in several}) > 1:
             raise ValueError("expected averages of one dtype, device and layout in all sets; got several")
-    kernel = importlib.import_module(f"ewma.kernels.{_forced() or 'foreach'}")
-    return cast(Lerp, kernel.lerp(values, averages, streams, guard))
+    devices = {tensor.device.type for tensor in (*values[:1], *averages[0][:1])}
+    name, why = choose(*devices)
+    if name == "foreach" and devices <= {"cpu"} and not _forced():
+        _warn_once(why)
+    return cast(Lerp, importlib.import_module(f"ewma.kernels.{name}").lerp(values, averages, streams, guard))
 
 
 def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None = None) -> None:
@@ -76,14 +94,52 @@ def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array 
         out: float64, of u's shape; written.
         kept: 1 - lost to full precision, of lost's shape, for where next to nothing is left after a step, but counts.
     """
-    name = _forced()
-    module = "blocked" if name in (None, "foreach") else name
+    name = choose()[0] if _forced() else "blocked"
+    module = "reference" if name == "reference" else "blocked"
     importlib.import_module(f"ewma.kernels.{module}").scan(u, lost, initial, out, kept)
 
 
+def choose(*devices: str) -> tuple[str, str]:
+    """Which kernel averages tensors on these types of devices, and why that one."""
+    forced = _forced()
+    if forced is None:
+        if any(device != "cpu" for device in devices):
+            return "foreach", "torch's list operations"
+        problem = missing()
+        return ("foreach", problem) if problem else ("native", "compiled")
+    if forced not in KERNELS:
+        raise ValueError(f"EWMA_KERNEL={forced}: no kernel has that name; there are {', '.join(KERNELS)}")
+    problem = missing() if forced == "native" else None
+    if problem:
+        raise ImportError(f"EWMA_KERNEL=native: {problem}. Unset EWMA_KERNEL, or {INSTALL}")
+    return forced, f"EWMA_KERNEL={forced}"
+
+
+def missing() -> str | None:
+    """Why the compiled kernel is not there; None where it is."""
+    try:
+        importlib.import_module("ewma.kernels._native")
+    except ModuleNotFoundError:
+        return "the compiled kernel was not built"
+    except ImportError as error:
+        return f"the compiled kernel does not load ({error})"
+    return None
+
+
 def _forced() -> str | None:
-    """The kernel that the environment asks for, if any."""
-    name = os.environ.get("EWMA_KERNEL")
-    if name is not None and name not in KERNELS:
-        raise ValueError(f"EWMA_KERNEL={name}: no kernel has that name; there are {', '.join(KERNELS)}")
-    return name
+    return os.environ.get("EWMA_KERNEL") or None
+
+
+_warned = False
+
+
+def _warn_once(problem: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{problem}, so torch operations average instead: as right, but slower, most of all where it rounds "
+            f"stochastically. To be fast, {INSTALL}; or set EWMA_KERNEL=foreach to be content with this.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

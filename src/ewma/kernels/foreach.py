@@ -87,6 +87,9 @@ class Packed(Block):
 
 
 class ForeachLerp:
+    noted: Sequence[Tensor] = ()
+    free = False
+
     def __init__(
         self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
     ) -> None:

@@ -13,6 +13,9 @@ from ewma.kernels.layout import dense, flat
 
 
 class ReferenceLerp:
+    noted: Sequence[Tensor] = ()
+    free = False
+
     def __init__(
         self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
     ) -> None:

@@ -1,0 +1,44 @@
+"""The compiled module: native.c and places.c, where a C compiler was there when the package was installed."""
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ewma.kernels import Coefficient, Word
+
+def lerp(
+    table: array[int],
+    coefficients: Sequence[Coefficient],
+    words: Sequence[Word | None],
+    threads: int,
+    start: int = 0,
+    stop: int = ...,
+) -> int:
+    """Update what `native._table` lists, on at most so many threads; gives how many elements were left out.
+
+    `start` and `stop` choose among the elements of all tensors, one after the other.
+    """
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, the best first: that one is used."""
+
+def use(name: str) -> None:
+    """Use another of them, from here on."""
+
+def places(tensors: list[Tensor], exchange: object) -> bytes:
+    """Memory, device, dtype, shape and strides of each. `exchange` is `torch.Tensor.__dlpack_c_exchange_api__`."""
+
+def moved(
+    tables: list[dict[str, Any]],
+    members: list[Any],
+    tensors: list[Tensor],
+    parts: array[int],
+    exchange: object,
+    noted: bytes,
+) -> bool:
+    """Whether the tables hold other members, or the tensors' places are not those noted.
+
+    `parts` are two addresses for each tensor, of memory that torch reads to tell where it is.
+    """

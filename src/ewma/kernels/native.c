@@ -1,0 +1,580 @@
+/* The update `average += c * (value - average)` for a list of tensors, in one pass over memory.
+
+   Values are converted as they are read, checked for NaN and infinity, and averaged into each of K sets while they are
+   in the nearest cache. Where plain rounding would stall, results are rounded stochastically by the bits that noise.py
+   defines. native.py prepares a table of pointers once; nothing here knows of tensors.
+
+   The arithmetic is the same, bit for bit, for every instruction set and any number of threads: no operations are fused
+   or reordered. */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INDEPENDENT
+#endif
+
+typedef enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 } Dtype;
+
+static const size_t SIZES[] = {4, 8, 2, 2};
+
+/* How many elements are averaged into one set before the next, and how many a thread takes at a time. */
+enum { BLOCK = 4096, PART = 1 << 17 };
+
+/* One tensor: where its value lies, how many elements it has, the stream of its random bits, how many elements come
+   before it in the list; and where its average lies in each set. */
+typedef struct {
+    uint64_t value, size, stream, before, averages[];
+} Row;
+
+typedef struct {
+    double coefficient;
+    uint32_t word;
+    int rounded;
+} Set;
+
+typedef struct {
+    const uint64_t *rows;
+    size_t count, sets;
+    Dtype value_dtype, average_dtype;
+    int guard;
+    Set set[];
+} Update;
+
+/* Numbers and their bits. */
+
+#define LARGEST_FLOAT 0x7f7fffffu
+#define LARGEST_DOUBLE 0x7fefffffffffffffu
+
+INLINE uint32_t bits_of_float(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
+INLINE uint64_t bits_of_double(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
+INLINE float float_of(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
+INLINE double double_of(uint64_t u) { double x; memcpy(&x, &u, sizeof x); return x; }
+
+INLINE float float_of_half(uint32_t half)
+{
+    const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
+    const uint32_t normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000;
+    const uint32_t subnormal = bits_of_float((float)(int32_t)magnitude * 0x1p-24f);
+    return float_of(sign | (magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : special));
+}
+
+INLINE uint16_t bfloat_of(float x)
+{
+    const uint32_t u = bits_of_float(x);
+    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+INLINE float read_float(const void *from, int i, Dtype dtype)
+{
+    switch (dtype) {
+    case FLOAT32: return ((const float *)from)[i];
+    case FLOAT64: return (float)((const double *)from)[i];
+    case BFLOAT16: return float_of((uint32_t)((const uint16_t *)from)[i] << 16);
+    default: return float_of_half(((const uint16_t *)from)[i]);
+    }
+}
+
+INLINE double read_double(const void *from, int i, Dtype dtype)
+{
+    return dtype == FLOAT64 ? ((const double *)from)[i] : (double)read_float(from, i, dtype);
+}
+
+INLINE void write_float(void *to, int i, float x, Dtype dtype)
+{
+    if (dtype == FLOAT32)
+        ((float *)to)[i] = x;
+    else
+        ((uint16_t *)to)[i] = bfloat_of(x);
+}
+
+/* The random bits and the rounding of noise.py. */
+
+enum { DROPPED_FLOAT32 = 29, DROPPED_BFLOAT16 = 45 };
+
+static const uint32_t GOLDEN = 0x9E3779B9;
+
+INLINE uint32_t mix(uint32_t x)
+{
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+INLINE float round_stochastically(double exact, uint32_t random, Dtype dtype)
+{
+    const int dropped = dtype == FLOAT32 ? DROPPED_FLOAT32 : DROPPED_BFLOAT16;
+    const uint64_t noise = dropped < 32 ? (uint64_t)(random >> (32 - dropped)) : (uint64_t)random << (dropped - 32);
+    return (float)double_of((bits_of_double(exact) + noise) & ~(((uint64_t)1 << dropped) - 1));
+}
+
+/* The update of one block. Each of the three gives whether there are elements whose difference is too large or no
+   number; those it leaves as they are, for `carefully`. From c = 0.5 on it starts at the value, so that c = 1 gives the
+   value itself. */
+
+INLINE int nearest_in_float(
+    void *restrict averages, const void *restrict values, int n, double c, Dtype average_dtype, Dtype value_dtype)
+{
+    const int near = c >= 0.5;
+    const float factor = (float)(near ? c - 1.0 : c);
+    uint32_t largest = 0;
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const float value = read_float(values, i, value_dtype), old = read_float(averages, i, average_dtype);
+        const float difference = value - old, moved = (near ? value : old) + factor * difference;
+        const uint32_t size = bits_of_float(difference) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+        write_float(averages, i, size > LARGEST_FLOAT ? old : moved, average_dtype);
+    }
+    return largest > LARGEST_FLOAT;
+}
+
+INLINE int nearest_in_double(double *restrict averages, const void *restrict values, int n, double c, Dtype value_dtype)
+{
+    const int near = c >= 0.5;
+    const double factor = near ? c - 1.0 : c;
+    uint64_t largest = 0;
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const double value = read_double(values, i, value_dtype), old = averages[i];
+        const double difference = value - old, moved = (near ? value : old) + factor * difference;
+        const uint64_t size = bits_of_double(difference) & INT64_MAX;
+        largest = size > largest ? size : largest;
+        averages[i] = size > LARGEST_DOUBLE ? old : moved;
+    }
+    return largest > LARGEST_DOUBLE;
+}
+
+INLINE int stochastic(
+    void *restrict averages, const void *restrict values, int n, double c, uint32_t place, Dtype average_dtype,
+    Dtype value_dtype)
+{
+    const int near = c >= 0.5;
+    const double factor = near ? c - 1.0 : c;
+    uint32_t largest = 0;
+    INDEPENDENT
+    for (int i = 0; i < n; i++, place += GOLDEN) {
+        const float narrow = read_float(values, i, value_dtype), old = read_float(averages, i, average_dtype);
+        const double value = read_double(values, i, value_dtype);
+        const double moved = (near ? value : (double)old) + factor * (value - (double)old);
+        const uint32_t size = bits_of_float(narrow - old) & 0x7fffffff;
+        largest = size > largest ? size : largest;
+        const float rounded = round_stochastically(moved, mix(place), average_dtype);
+        write_float(averages, i, size > LARGEST_FLOAT ? old : rounded, average_dtype);
+    }
+    return largest > LARGEST_FLOAT;
+}
+
+/* The elements that the fast loops left. A value that is no finite number of the average's kind stays out; an average
+   that is NaN has seen nothing yet and takes the value whole. Gives how many values stayed out. */
+static size_t carefully(
+    void *averages, const void *values, int n, const Set *set, uint32_t offset, const Update *update)
+{
+    const Dtype dtype = update->average_dtype;
+    const double c = set->coefficient;
+    size_t skipped = 0;
+    for (int i = 0; i < n; i++) {
+        const double value = read_double(values, i, update->value_dtype), old = read_double(averages, i, dtype);
+        const double difference = value - old, fits = dtype == FLOAT64 ? value : (double)(float)value;
+        if (isfinite(dtype == FLOAT64 ? difference : (double)((float)value - (float)old)))
+            continue;
+        if (update->guard && !isfinite(fits)) {
+            skipped++;
+            continue;
+        }
+        const double kept = c == 1.0 && isinf(old) ? 0.0 : (1.0 - c) * old;
+        double result = isfinite(difference) ? old + c * difference : kept + c * value;
+        if (update->guard && isnan(old))
+            result = value;
+        if (isnan(result))
+            result = NAN; /* a payload might be rounded into a number */
+        if (dtype == FLOAT64)
+            ((double *)averages)[i] = result;
+        else if (set->rounded)
+            write_float(averages, i, round_stochastically(result, mix((uint32_t)i * GOLDEN + offset), dtype), dtype);
+        else
+            write_float(averages, i, (float)result, dtype);
+    }
+    return skipped;
+}
+
+INLINE int lerp_block(
+    void *averages, const void *values, int n, const Set *set, uint32_t offset, Dtype average_dtype, Dtype value_dtype)
+{
+    const double c = set->coefficient;
+    if (average_dtype == FLOAT64)
+        return nearest_in_double(averages, values, n, c, value_dtype);
+    if (set->rounded)
+        return stochastic(averages, values, n, c, offset, average_dtype, value_dtype);
+    return nearest_in_float(averages, values, n, c, average_dtype, value_dtype);
+}
+
+/* The elements from `start` to `stop` of all tensors one after the other. Gives how many values stayed out. */
+INLINE size_t lerp_range(
+    const Update *update, uint64_t start, uint64_t stop, const Dtype average_dtype, const Dtype value_dtype)
+{
+    const size_t width = sizeof(Row) / sizeof(uint64_t) + update->sets;
+    size_t low = 0, high = update->count, skipped = 0;
+    while (high - low > 1) {
+        const size_t middle = low + (high - low) / 2;
+        if (((const Row *)(update->rows + middle * width))->before <= start)
+            low = middle;
+        else
+            high = middle;
+    }
+    for (size_t index = low; index < update->count && start < stop; index++) {
+        const Row *row = (const Row *)(update->rows + index * width);
+        while (start < stop && start - row->before < row->size) {
+            const uint64_t first = start - row->before;
+            uint64_t n = row->size - first < stop - start ? row->size - first : stop - start;
+            n = n < BLOCK ? n : BLOCK;
+            const void *values = (const char *)(uintptr_t)row->value + first * SIZES[value_dtype];
+            for (size_t k = 0; k < update->sets; k++) {
+                const Set *set = &update->set[k];
+                void *averages = (char *)(uintptr_t)row->averages[k] + first * SIZES[average_dtype];
+                const uint32_t offset = set->word + (uint32_t)row->stream + (uint32_t)first * GOLDEN;
+                if (lerp_block(averages, values, (int)n, set, offset, average_dtype, value_dtype)) {
+                    const size_t out = carefully(averages, values, (int)n, set, offset, update);
+                    skipped += k == 0 ? out : 0;
+                }
+            }
+            start += n;
+        }
+    }
+    return skipped;
+}
+
+/* One copy of the loops for each pair of dtypes: in each the dtypes are constants. */
+
+#define BY_VALUE(average)                                                          \
+    switch (update->value_dtype) {                                                 \
+    case FLOAT32: return lerp_range(update, start, stop, average, FLOAT32);        \
+    case FLOAT64: return lerp_range(update, start, stop, average, FLOAT64);        \
+    case BFLOAT16: return lerp_range(update, start, stop, average, BFLOAT16);      \
+    default: return lerp_range(update, start, stop, average, FLOAT16);             \
+    }
+
+INLINE size_t lerp_dtypes(const Update *update, uint64_t start, uint64_t stop)
+{
+    switch (update->average_dtype) {
+    case FLOAT32: BY_VALUE(FLOAT32)
+    case FLOAT64: BY_VALUE(FLOAT64)
+    default: BY_VALUE(BFLOAT16)
+    }
+}
+
+/* And one copy of all these for each instruction set; which one runs is found out when the module is loaded. */
+
+typedef size_t Lerp(const Update *update, uint64_t start, uint64_t stop);
+
+static size_t lerp_baseline(const Update *update, uint64_t start, uint64_t stop)
+{
+    return lerp_dtypes(update, start, stop);
+}
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#define MANY_INSTRUCTION_SETS
+
+__attribute__((target("avx2,fma,bmi,bmi2")))
+static size_t lerp_avx2(const Update *update, uint64_t start, uint64_t stop)
+{
+    return lerp_dtypes(update, start, stop);
+}
+
+#if defined(__clang__)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
+#else
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")))
+#endif
+static size_t lerp_avx512(const Update *update, uint64_t start, uint64_t stop)
+{
+    return lerp_dtypes(update, start, stop);
+}
+#endif
+
+static const struct {
+    const char *name;
+    Lerp *lerp;
+} VERSIONS[] = {
+#ifdef MANY_INSTRUCTION_SETS
+    {"avx512", lerp_avx512},
+    {"avx2", lerp_avx2},
+#endif
+    {"baseline", lerp_baseline},
+};
+
+enum { VERSION_COUNT = sizeof VERSIONS / sizeof *VERSIONS };
+
+static int chosen = VERSION_COUNT - 1;
+
+static int runs_here(int version)
+{
+#ifdef MANY_INSTRUCTION_SETS
+    __builtin_cpu_init();
+    if (version == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+            && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+            && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    if (version == 1)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+            && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+#endif
+    return version == VERSION_COUNT - 1;
+}
+
+/* Threads. Large work is cut into parts, which the caller and the pool's threads take one after the other. The threads
+   sleep in between; they are made when first needed, and again in a forked child, which has none of its parent's. */
+
+#if defined(__GNUC__) && !defined(_WIN32)
+#define THREADS
+#include <pthread.h>
+#include <signal.h>
+
+typedef struct {
+    const Update *update;
+    uint64_t start, stop, next;
+    size_t skipped;
+} Work;
+
+static void take_parts(Work *work)
+{
+    size_t skipped = 0;
+    for (;;) {
+        const uint64_t start = __atomic_fetch_add(&work->next, PART, __ATOMIC_RELAXED);
+        if (start >= work->stop)
+            break;
+        const uint64_t stop = work->stop - start < PART ? work->stop : start + PART;
+        skipped += VERSIONS[chosen].lerp(work->update, start, stop);
+    }
+    __atomic_fetch_add(&work->skipped, skipped, __ATOMIC_RELAXED);
+}
+
+static struct {
+    pthread_mutex_t turn, lock; /* one work at a time; and for all that follows */
+    pthread_cond_t wake, done;
+    Work *work;
+    int threads, seats, busy; /* how many there are; may still join the work; have not finished it */
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
+          NULL, 0, 0, 0};
+
+static void begin_anew_in_child(void)
+{
+    pool.turn = pool.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    pool.wake = pool.done = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+    pool.threads = pool.seats = pool.busy = 0;
+}
+
+static void *help(void *unused)
+{
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.seats == 0)
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        pool.seats--;
+        Work *work = pool.work;
+        pthread_mutex_unlock(&pool.lock);
+        take_parts(work);
+        pthread_mutex_lock(&pool.lock);
+        if (--pool.busy == 0)
+            pthread_cond_signal(&pool.done);
+    }
+    return unused;
+}
+
+static void add_thread(void)
+{
+    sigset_t all, before;
+    pthread_t thread;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's threads */
+    if (pthread_create(&thread, NULL, help, NULL) == 0) {
+        pthread_detach(thread);
+        pool.threads++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* Where another Python thread has the pool already, the caller does its own work alone. */
+static size_t lerp_together(const Update *update, uint64_t start, uint64_t stop, int threads)
+{
+    if (threads < 2 || stop - start <= PART || pthread_mutex_trylock(&pool.turn) != 0)
+        return VERSIONS[chosen].lerp(update, start, stop);
+    Work work = {update, start, stop, start, 0};
+    pthread_mutex_lock(&pool.lock);
+    for (int missing = threads - 1 - pool.threads; missing > 0; missing--)
+        add_thread();
+    pool.work = &work;
+    pool.seats = pool.busy = pool.threads < threads - 1 ? pool.threads : threads - 1;
+    if (pool.busy)
+        pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    take_parts(&work);
+    pthread_mutex_lock(&pool.lock);
+    pool.busy -= pool.seats; /* those that did not wake in time are not waited for */
+    pool.seats = 0;
+    while (pool.busy)
+        pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.turn);
+    return work.skipped;
+}
+
+#else
+
+static size_t lerp_together(const Update *update, uint64_t start, uint64_t stop, int threads)
+{
+    (void)threads;
+    return VERSIONS[chosen].lerp(update, start, stop);
+}
+
+#endif
+
+/* What Python sees; _native.pyi says what each function is for. */
+
+enum { HEADER = 4 };
+
+static int read_set(Set *set, PyObject *coefficients, PyObject *words, Py_ssize_t k)
+{
+    PyObject *coefficient = PySequence_GetItem(coefficients, k), *word = PySequence_GetItem(words, k);
+    if (coefficient && word) {
+        set->coefficient = PyFloat_AsDouble(coefficient);
+        set->rounded = word != Py_None;
+        if (set->rounded && !PyErr_Occurred())
+            set->word = (uint32_t)PyLong_AsUnsignedLongLongMask(word);
+    }
+    Py_XDECREF(coefficient);
+    Py_XDECREF(word);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *py_lerp(PyObject *module, PyObject *arguments)
+{
+    Py_buffer table;
+    PyObject *coefficients, *words, *result = NULL;
+    int threads;
+    unsigned long long start = 0, stop = UINT64_MAX;
+    if (!PyArg_ParseTuple(arguments, "y*OOi|KK:lerp", &table, &coefficients, &words, &threads, &start, &stop))
+        return NULL;
+    const uint64_t *header = table.buf;
+    const size_t length = (size_t)table.len / sizeof(uint64_t);
+    const size_t sets = length >= HEADER ? (size_t)header[0] : 0, width = sizeof(Row) / sizeof(uint64_t) + sets;
+    Update *update = NULL;
+    if (sets == 0 || (length - HEADER) % width || header[1] > FLOAT16 || header[2] > BFLOAT16) {
+        PyErr_SetString(PyExc_ValueError, "this is no table of _native.lerp");
+        goto done;
+    }
+    if (PySequence_Size(coefficients) != (Py_ssize_t)sets || PySequence_Size(words) != (Py_ssize_t)sets) {
+        PyErr_Format(PyExc_ValueError, "expected %zu coefficients and %zu words, one for each set", sets, sets);
+        goto done;
+    }
+    update = PyMem_Malloc(sizeof(Update) + sets * sizeof(Set));
+    if (!update) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    update->rows = header + HEADER;
+    update->count = (length - HEADER) / width;
+    update->sets = sets;
+    update->value_dtype = (Dtype)header[1];
+    update->average_dtype = (Dtype)header[2];
+    update->guard = header[3] != 0;
+    for (size_t k = 0; k < sets; k++) {
+        if (read_set(&update->set[k], coefficients, words, (Py_ssize_t)k) < 0)
+            goto done;
+        if (update->set[k].rounded && update->average_dtype == FLOAT64) {
+            PyErr_SetString(PyExc_ValueError, "float64 averages are rounded to nearest; expected None for their word");
+            goto done;
+        }
+    }
+    if (update->count) {
+        const Row *last = (const Row *)(update->rows + (update->count - 1) * width);
+        stop = stop < last->before + last->size ? stop : last->before + last->size;
+        size_t skipped = 0;
+        if (start < stop) {
+            Py_BEGIN_ALLOW_THREADS
+            skipped = lerp_together(update, start, stop, threads);
+            Py_END_ALLOW_THREADS
+        }
+        result = PyLong_FromSize_t(skipped);
+    }
+    else
+        result = PyLong_FromLong(0);
+done:
+    PyMem_Free(update);
+    PyBuffer_Release(&table);
+    return result;
+}
+
+static PyObject *py_instruction_sets(PyObject *module, PyObject *unused)
+{
+    PyObject *names = PyList_New(0);
+    for (int version = 0; names && version < VERSION_COUNT; version++)
+        if (runs_here(version)) {
+            PyObject *name = PyUnicode_FromString(VERSIONS[version].name);
+            if (!name || PyList_Append(names, name) < 0)
+                Py_CLEAR(names);
+            Py_XDECREF(name);
+        }
+    return names;
+}
+
+static PyObject *py_use(PyObject *module, PyObject *name)
+{
+    for (int version = 0; version < VERSION_COUNT; version++)
+        if (PyUnicode_CompareWithASCIIString(name, VERSIONS[version].name) == 0 && runs_here(version)) {
+            chosen = version;
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "this machine has no instruction set called %R", name);
+}
+
+PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
+PyObject *py_moved(PyObject *module, PyObject *arguments);
+
+static PyMethodDef METHODS[] = {
+    {"lerp", py_lerp, METH_VARARGS, NULL},
+    {"places", py_places, METH_VARARGS, NULL},
+    {"moved", py_moved, METH_VARARGS, NULL},
+    {"instruction_sets", py_instruction_sets, METH_NOARGS, NULL},
+    {"use", py_use, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int prepare_module(PyObject *module)
+{
+    (void)module;
+    chosen = 0;
+    while (!runs_here(chosen))
+        chosen++;
+#ifdef THREADS
+    pthread_atfork(NULL, NULL, begin_anew_in_child);
+#endif
+    return 0;
+}
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, prepare_module}, {0, NULL}};
+
+static PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT, "ewma.kernels._native", NULL, 0, METHODS, SLOTS, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModuleDef_Init(&MODULE);
+}

@@ -1,0 +1,49 @@
+"""Whether the tensors of a model are still the same, where they were: asked at every step, and answered completely."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewma import kernels
+
+
+def watch(model: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    """Note what a model holds and where some of it lies; what is returned tells whether anything has changed since.
+
+    Args:
+        model: its modules' tables of parameters, buffers and submodules are compared, member by member.
+        tensors: of these also memory, dtype, shape and strides: a tensor that was given other storage
+            (`p.data = other`), was reshaped in place or resized stays the same object.
+    """
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers, module._modules)]
+    members = [member for table in tables for member in table.values()]
+    watched = list(tensors)
+    if not kernels.missing():
+        from ewma.kernels import _native
+
+        exchange = torch.Tensor.__dlpack_c_exchange_api__
+        try:
+            noted = _native.places(watched, exchange)
+        except (BufferError, RuntimeError):  # there is a tensor of a kind that torch lends to nobody
+            return partial(_moved, tables, members, watched, _places(watched))
+        parts = array("Q", (part._cdata for each in watched for part in (each, each.untyped_storage())))
+        return partial(_native.moved, tables, members, watched, parts, exchange, noted)
+    return partial(_moved, tables, members, watched, _places(watched))
+
+
+def _moved(
+    tables: list[dict[str, Any]], members: list[Any], tensors: list[Tensor], places: list[tuple[Any, ...]]
+) -> bool:
+    now = [member for table in tables for member in table.values()]
+    return len(now) != len(members) or not all(map(operator.is_, now, members)) or _places(tensors) != places
+
+
+def _places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
