@@ -116,7 +116,7 @@ class Moments:
         terms = self.rule.terms(xs[0], self.time, elapsed, begin, begin + xs[0].shape[1])
         alike = terms.constant and isinstance(self.weight, float) and all(map(may_ask, xs))
         # Not debiased, the first value weighs more than its step says: autograd has to see that.
-        begun = alike and (self.rule.debias or self.weight == 1.0 or not needs_gradient(*xs))
+        begun = alike and (self.rule.debias or self.weight == 1.0 or not self._learns(xs))
         chunk = self._alike(xs, terms) if begun else None
         if chunk is None:
             chunk = self._any(xs, terms, elapsed)
@@ -188,6 +188,10 @@ class Moments:
         """The variance or covariance of all that was taken in."""
         return debiased(self.spreads[pair], self.total, self.pairs) if unbiased else self.spreads[pair]
 
+    def _learns(self, xs: tuple[Array, ...]) -> bool:
+        """Whether autograd has to see what happens."""
+        return needs_gradient(*xs, *self.means, self.weight, self.rule.alpha)
+
     def _alike(self, xs: tuple[Array, ...], terms: Terms) -> Chunk | None:
         """All steps alike and every value finite: sums under one constant coefficient, divided by their weights.
 
@@ -195,7 +199,7 @@ class Moments:
         """
         if not self.rule.debias and self.weight not in (0.0, 1.0):
             return None
-        n, in_place = xs[0].shape[1], not needs_gradient(*xs)
+        n, in_place = xs[0].shape[1], not self._learns(xs)
         weights = self.rule.constant_weights(terms, n, self.weight, xs[0], bool(self.wanted))
         times: Operation = operator.imul if in_place else operator.mul
         plus: Operation = operator.iadd if in_place else operator.add
@@ -220,7 +224,7 @@ class Moments:
         module = module_of(xs[0])
         finite = functools.reduce(lambda one, other: one & other, map(module.isfinite, xs))
         clean = tuple(module.where(finite, wide(x), 0.0) for x in xs)
-        if all(map(may_ask, xs)) and not needs_gradient(*xs):
+        if all(map(may_ask, xs)) and not self._learns(xs):
             scale = _unit([*clean, *self.means], squared=bool(self.wanted))
             if scale != 1.0:
                 return self._scaled(xs, terms, elapsed, scale)
