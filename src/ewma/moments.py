@@ -280,17 +280,22 @@ class Moments:
         pairs = count  # whatever, where none are wanted
         if self.wanted:
             pairs = scan(weights.pairs_gain, weights.pairs_lost, self.pairs, weights.pairs_kept)
-        self.means = tuple(mean[:, -1:] for mean in means)
-        self.spreads = {pair: spread[:, -1:] for pair, spread in spreads.items()}
+        self.means = tuple(map(_end, means))
+        self.spreads = {pair: _end(spread) for pair, spread in spreads.items()}
         self.weight, self.pairs, self.count = map(_last, (weights.weight, pairs, count))
         return Chunk(means, spreads, weights.total, pairs, count)
+
+
+def _end(x: Array) -> Array:
+    """What holds after the last step, in memory of its own: not all that came before is to be kept for it."""
+    return x if x.shape[1] == 1 else module_of(x).concatenate((x[:, -1:],), 1)
 
 
 def _last(x: Any) -> Any:
     """What holds after the last step, as a float where it is one number on the host."""
     if isinstance(x, float):
         return x
-    x = x[:, -1:]
+    x = _end(x)
     alone = tuple(x.shape) == (1, 1, 1) and may_ask(x) and not needs_gradient(x)
     return float(x[0, 0, 0]) if alone else x
 
