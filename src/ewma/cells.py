@@ -85,6 +85,8 @@ class Number:
 
     def extend(self, series: Series, elapsed: Any, timed: bool) -> Array:
         """Take in a chunk; its running mean."""
+        if not series.shape[1]:
+            return series.array.astype(float)
         whole = Arrays(self.terms, "numpy", VARIANCE)
         whole.begin(series.array[:1], ())
         moments, mine = whole.moments, self.moments

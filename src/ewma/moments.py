@@ -4,7 +4,7 @@
     variance[t] = variance[t-1] + c[t] * ((1 - c[t]) * (x[t] - mean[t-1]) ** 2 - variance[t-1])
 
 Both are the same recurrence, and so are the weights that c comes from: `scan` does all of them. It is carried relative
-to the mean so far (at the start, to the first value), which keeps constants constant and loses nothing to an offset.
+to one of the values, which keeps constants constant and loses nothing to an offset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def scan(u: Array, lost: float | Array, initial: Array | float, kept: Array | No
     if needs_gradient(u, lost, initial):
         from ewma.kernels import differentiable
 
-        return differentiable.scan(u, lost, initial)
+        return differentiable.scan(u, lost, initial, kept)
     out = module_of(u).empty_like(u)
     kernels.scan(u, lost, initial, out, kept)
     return out
@@ -195,7 +195,7 @@ class Moments:
     def _alike(self, xs: tuple[Array, ...], terms: Terms) -> Chunk | None:
         """All steps alike and every value finite: sums under one constant coefficient, divided by their weights.
 
-        None where a value turns out to be missing or a sum to overflow: nothing after it is finite then.
+        None where a value turns out to be missing, or a sum to overflow.
         """
         if not self.rule.debias and self.weight not in (0.0, 1.0):
             return None
@@ -203,9 +203,9 @@ class Moments:
         weights = self.rule.constant_weights(terms, n, self.weight, xs[0], bool(self.wanted))
         times: Operation = operator.imul if in_place else operator.mul
         plus: Operation = operator.iadd if in_place else operator.add
-        held = self.weight / terms.gain
+        held = (self.weight if self.rule.debias else 1.0) / terms.gain
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
-        bases = tuple(map(_fixed, starts))
+        bases = tuple(map(_base, xs))
         rises, spreads = [], {}
         for x, base, start in zip(xs, bases, starts, strict=True):
             rises.append(times(scan(x - base, terms.lost, held * (start - base)), weights.share))
@@ -213,7 +213,7 @@ class Moments:
             product = math.prod(xs[k] - bases[k] - before(rises[k], starts[k] - bases[k]) for k in pair)
             spread = scan(times(product, weights.kept), terms.lost, held * self.spreads.get(pair, 0.0))
             spreads[pair] = times(spread, weights.share)
-        if not all(bool(module_of(x).isfinite(x[:, -1]).all()) for x in (*rises, *spreads.values())):
+        if not all(math.isfinite(_fixed(x).sum()) for x in (*rises, *spreads.values())):
             return None
         means = tuple(plus(rise, base) for base, rise in zip(bases, rises, strict=True))
         self.seen = self.seen + float(n)
@@ -234,7 +234,7 @@ class Moments:
         weight = self.weight if hasattr(self.weight, "shape") else full(xs[0], (1, 1, 1), self.weight)
         weights = self.rule.weights(terms, observed, weight, scan)
         starts = self._starts(clean, finite)
-        bases = tuple(map(_fixed, starts))
+        bases = tuple(_base(module.where(finite, x, start)) for x, start in zip(clean, starts, strict=True))
         rises, spreads = [], {}
         offsets = [module.where(finite, x - base, 0.0) for x, base in zip(clean, bases, strict=True)]
         for offset, base, start in zip(offsets, bases, starts, strict=True):
@@ -260,7 +260,7 @@ class Moments:
         values = tuple(module.where(first, x, 0.0).sum(1)[:, None] for x in clean)
         if not self.means:
             return values
-        unseen = (wide(finite[:, :1]) * 0.0 + self.count) == 0.0
+        unseen = (wide(finite[:, :1]) * 0.0 + self.count + self.weight) == 0.0
         return tuple(
             module.where(unseen & (mean == mean), value, mean)  # a NaN that propagates stays
             for value, mean in zip(values, self.means, strict=True)
@@ -301,8 +301,20 @@ def _last(x: Any) -> Any:
 
 
 def _fixed(x: Array) -> Array:
-    """x without its gradient: what the recurrence is carried relative to makes no difference to the result."""
+    """x without its gradient."""
     return x.detach() if is_tensor(x) else x
+
+
+def _base(x: Array) -> Array:
+    """What the recurrence is carried relative to: of a few of the values' range what is nearest to 0, for each series.
+
+    A constant series comes to 0 then, and a large offset to what it varies by; while a single spike, were it the base,
+    would take the digits of all the values that follow. To the result it makes no difference, so it has no gradient.
+    """
+    x, module = _fixed(x), module_of(x)
+    some = wide(x[:, :: max(x.shape[1] // 16, 1)])
+    low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
+    return module.where(low > 0.0, low, module.where(high < 0.0, high, 0.0 * low))[:, None]
 
 
 def _unit(arrays: list[Array], squared: bool) -> float:

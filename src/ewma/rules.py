@@ -39,7 +39,7 @@ def rule_of(
         series: a knob that is an array broadcasts to it.
         times: what its stamps come to, if it has any.
     """
-    dated = times is not None and stamps.dated(times.last)
+    dated = times is not None and times.in_seconds
     knobs = {name: stamps.in_seconds(name, value, dated) for name, value in knobs.items()}
     name = next((name for name in KNOBS if is_array(knobs[name])), None)
     if name is None:

@@ -138,7 +138,7 @@ class EMA:
         for name, chunk in [*chunks.items(), *others.items()]:
             if chunk.shape[1] != n or chunk.array.shape != chunks[name].array.shape:
                 raise ValueError(f"EMA.extend: expected chunks of one length and shape; {name!r} has another")
-        passed, last = (None, self._last) if times is None else stamps(times, n, self._last)
+        passed, last = (None, self._last) if times is None else stamps(times, n, self._last)[:2]
         if times is None and last is not None:
             last = _later(last, float(n))
         cells = {name: self._cell(name, chunk, "EMA.extend") for name, chunk in chunks.items()}

@@ -18,6 +18,7 @@ class Stamps(NamedTuple):
 
     elapsed: Vector
     last: Any
+    in_seconds: bool = True
 
 
 def stamps(times: Any, n: int, last: Any = None) -> Stamps:
@@ -62,7 +63,7 @@ def stamps(times: Any, n: int, last: Any = None) -> Stamps:
         )
     if last is None:
         elapsed[0] = 1.0
-    return Stamps(elapsed, array[-1])
+    return Stamps(elapsed, array[-1], dated(array))
 
 
 def _as_array(times: Any) -> Any:
