@@ -56,8 +56,9 @@ class Chunk(NamedTuple):
 
 def debiased(biased: Array, total: Any, pairs: Any) -> Array:
     """`biased * total ** 2 / pairs`; NaN where the pairs have no weight."""
-    module = module_of(biased)
-    some = pairs > 0.0
+    if isinstance(pairs, float):
+        return biased * (total * total / pairs if pairs > 0.0 else math.nan)
+    module, some = module_of(biased), pairs > 0.0
     return module.where(some, biased * (total * total / module.where(some, pairs, 1.0)), math.nan)
 
 
@@ -101,6 +102,7 @@ class Moments:
     pairs: Any = 0.0
     count: Any = 0.0
     seen: Any = 0.0
+    begun: bool = False
 
     NUMBERS = ("weight", "pairs", "count", "seen")
 
@@ -176,7 +178,7 @@ class Moments:
 
     def begin_at(self, means: tuple[Array, ...]) -> None:
         """Start from means that have the weight of the whole past; of shape (outer, 1, inner)."""
-        self.means, self.weight = means, 1.0
+        self.means, self.weight, self.begun = means, 1.0, True
         self.spreads = dict.fromkeys(self.wanted, 0.0 * means[0])
 
     @property
@@ -260,7 +262,9 @@ class Moments:
         values = tuple(module.where(first, x, 0.0).sum(1)[:, None] for x in clean)
         if not self.means:
             return values
-        unseen = (wide(finite[:, :1]) * 0.0 + self.count + self.weight) == 0.0
+        if self.begun:
+            return self.means
+        unseen = (wide(finite[:, :1]) * 0.0 + self.count) == 0.0
         return tuple(
             module.where(unseen & (mean == mean), value, mean)  # a NaN that propagates stays
             for value, mean in zip(values, self.means, strict=True)
