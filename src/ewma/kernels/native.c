@@ -538,8 +538,9 @@ static PyObject *py_use(PyObject *module, PyObject *name)
 {
     for (int version = 0; version < VERSION_COUNT; version++)
         if (PyUnicode_CompareWithASCIIString(name, VERSIONS[version].name) == 0 && runs_here(version)) {
+            const char *before = VERSIONS[chosen].name;
             chosen = version;
-            Py_RETURN_NONE;
+            return PyUnicode_FromString(before);
         }
     return PyErr_Format(PyExc_ValueError, "this machine has no instruction set called %R", name);
 }
