@@ -104,6 +104,14 @@ def test_what_torch_lends_to_nobody_is_watched_all_the_same() -> None:
     assert moved()
 
 
+@pytest.mark.skipif(bool(NATIVE_MISSING), reason=str(NATIVE_MISSING))
+def test_what_torch_no_longer_lends_has_moved() -> None:
+    tensor = torch.ones(3)
+    moved = watch(nn.Module(), [tensor])
+    torch.utils.swap_tensors(tensor, torch.ones(3).to_sparse())
+    assert moved()
+
+
 def test_averages_whose_memory_moves_are_found_again(small: Small) -> None:
     """As sharing a teacher with other processes does; whoever wrote to the old address would write to freed memory."""
     ema, other = (ewma.ModelEMA(small, half_life=3) for _ in range(2))
