@@ -114,7 +114,7 @@ class Number:
         return self.moments.variance(unbiased) if self.shown else math.nan
 
     def deviation(self, unbiased: bool) -> float:
-        return self.second(unbiased) ** 0.5
+        return math.sqrt(self.second(unbiased))
 
     def score(self, x: Any, unbiased: bool) -> float:
         distance, deviation = float(x) - self.get(), self.deviation(unbiased)
