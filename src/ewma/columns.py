@@ -70,6 +70,11 @@ def ramp(lost: float, n: int) -> tuple[Vector, Vector]:
     return rise, powers(lost, n)[None, 1:, None]
 
 
+def settled(lost: float) -> int | float:
+    """After how many steps a debiased weight does not change any more: what is left of the past is below 2 ** -53."""
+    return math.inf if lost == 0.0 else 1 if lost >= 1.0 else math.ceil(54.0 * math.log(2.0) / -math.log1p(-lost))
+
+
 @functools.lru_cache(maxsize=64)
 def powers(lost: float, n: int) -> Vector:
     """`(1 - lost) ** k` for k = 0 .. n, right to the last bits however small `lost` is."""

@@ -16,12 +16,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy
+
 from ewma import columns, kernels
 from ewma.arrays import Array, before, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.profiles import Exponential
 from ewma.weighting import Rule, Terms, Weights, part_of
 
 Pair: TypeAlias = tuple[int, int]
+
+MOST = 1 << 17
+"""How many steps at a time, while the weights still change from step to step."""
+
 Operation: TypeAlias = Callable[[Any, Any], Any]
 
 
@@ -122,6 +128,36 @@ class Moments:
             chunk = self._any(xs, terms, elapsed)
         self.time += xs[0].shape[1] if elapsed is None else float(elapsed.sum())
         return chunk
+
+    def smooth(self, x: Array, out: Array) -> bool:
+        """Write the running mean of whole series, every step alike and every value finite, in one compiled pass.
+
+        The state stays as it is. Where this cannot be, False, and what was written has no meaning.
+
+        Args:
+            x: of shape (outer, n, inner), of real numbers, time in the middle.
+            out: of the same shape, sharing no memory with x.
+        """
+        kernel = kernels.compiled()
+        outer, n, inner = x.shape
+        if kernel is None or not isinstance(self.weight, float) or (not self.rule.debias and self.weight not in (0, 1)):
+            return False
+        terms, weight = self.rule.terms(x, self.time, None, 0, n), self.weight
+        if not terms.constant:
+            return False
+        base, sums = numpy.zeros((2, outer, 1, inner))
+        for mean in self.means:
+            base[...] = mean
+        begin, settled = 0, columns.settled(terms.lost)
+        while begin < n:
+            steps = min(n - begin, MOST, settled - begin) if begin < settled else n - begin
+            weights = self.rule.constant_weights(terms, steps, weight, base, second=False)
+            part, share = slice(begin, begin + steps), weights.share
+            fresh = begin == 0 and not self.weight
+            if not kernel.mean(x[:, part], out[:, part], base, sums, terms.lost, 1.0, share, fresh):
+                return False
+            weight, begin = _last(weights.weight), begin + steps
+        return True
 
     def reshape(self, outer: int, inner: int) -> None:
         """Look at the same series as outer times inner of them."""
