@@ -16,13 +16,13 @@
 
 #include "native.h"
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
+#ifdef MANY_INSTRUCTION_SETS
+#include <immintrin.h>
 #endif
 
-/* Steps of a block and of a window; columns of a strip; bytes of a result from which on it goes around the caches;
+/* Steps of a block (not a power of two: what lies 4096 bytes apart is in the processor's way) and of a window; columns of a strip; bytes of a result from which on it goes around the caches;
    elements from which on threads are worth waking; how many bits of the past count to who reads it up again. */
-enum { BLOCK = 512, WINDOW = 16, STRIP = 256, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
+enum { BLOCK = 384, WINDOW = 16, STRIP = 1024, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
 
 /* One number, or one for each step. */
 typedef struct {
@@ -134,19 +134,37 @@ INLINE void write_block(
 }
 
 /* Copies whole cache lines without fetching first what they held. */
-static void copy_around(char *to, const char *from, size_t size)
+INLINE void copy_lines(char *to, const char *from, size_t size, void (*copy_line)(char *to, const char *from))
 {
-#if defined(__x86_64__)
     enum { LINE = 64 };
-    const size_t head = (size_t)(-(uintptr_t)to % LINE) < size ? (size_t)(-(uintptr_t)to % LINE) : size;
-    memcpy(to, from, head);
+    const size_t ahead = (size_t)(-(uintptr_t)to % LINE), head = ahead < size ? ahead : size;
     size_t done = head;
+    memcpy(to, from, head);
     for (; size - done >= LINE; done += LINE)
-        for (size_t k = 0; k < LINE; k += sizeof(__m128i))
-            _mm_stream_si128((__m128i *)(to + done + k), _mm_loadu_si128((const __m128i *)(from + done + k)));
+        copy_line(to + done, from + done);
     memcpy(to + done, from + done, size - done);
+}
+
+#ifdef MANY_INSTRUCTION_SETS
+TARGET_AVX512 INLINE void copy_line_avx512(char *to, const char *from)
+{
+    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
+}
+
+TARGET_AVX2 INLINE void copy_line_avx2(char *to, const char *from)
+{
+    for (int k = 0; k < 64; k += 32)
+        _mm256_stream_si256((__m256i *)(to + k), _mm256_loadu_si256((const __m256i *)(from + k)));
+}
+#endif
+
+INLINE void copy_line_baseline(char *to, const char *from)
+{
+#ifdef MANY_INSTRUCTION_SETS
+    for (int k = 0; k < 64; k += 16)
+        _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
 #else
-    memcpy(to, from, size);
+    memcpy(to, from, 64);
 #endif
 }
 
@@ -202,28 +220,54 @@ INLINE void step_columns(
     }
 }
 
-INLINE void step_any_columns(
-    void *to, const void *from, int n, double *restrict sums, const double *restrict base, double lost, double kept,
-    double pre, double post, Dtype to_dtype, Dtype from_dtype)
+/* All steps of a strip, some columns at a time. `same` is the dtype of x and out, where those are float32 or float64
+   alike. */
+INLINE void strip_steps(
+    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base, int alike,
+    const Dtype same, void (*copy_line)(char *to, const char *from))
 {
-    double room[STRIP];
-    if (to_dtype == FLOAT32 && from_dtype == FLOAT32)
-        step_columns(to, from, n, sums, base, lost, kept, pre, post, FLOAT32, FLOAT32);
-    else if (to_dtype == FLOAT64 && from_dtype == FLOAT64)
-        step_columns(to, from, n, sums, base, lost, kept, pre, post, FLOAT64, FLOAT64);
-    else {
-        read_block(room, from, n, 1, 0.0, from_dtype);
-        step_columns(room, room, n, sums, base, lost, kept, pre, post, FLOAT64, FLOAT64);
-        write_block(to, room, n, 1, 0.0, 1.0, to_dtype);
+    const Plane *x = &sweep->x, *out = &sweep->out;
+    double room[BLOCK], result[BLOCK];
+    for (ptrdiff_t t = 0; t < sweep->n; t++) {
+        const double lost = at(&sweep->lost, t), kept = sweep->kept.each ? sweep->kept.each[t] : 1.0 - lost;
+        const double pre = at(&sweep->pre, t), post = at(&sweep->post, t);
+        for (int k = 0; k < width; k += BLOCK) {
+            const int n = width - k < BLOCK ? width - k : BLOCK;
+            const char *from = element(x, row, t, column + k);
+            char *to = element(out, row, t, column + k), *place = sweep->around ? (char *)result : to;
+            if (alike)
+                step_columns(place, from, n, sums + k, base + k, lost, kept, pre, post, same, same);
+            else {
+                read_block(room, from, n, 1, 0.0, x->dtype);
+                step_columns(room, room, n, sums + k, base + k, lost, kept, pre, post, FLOAT64, FLOAT64);
+                write_block(place, room, n, 1, 0.0, 1.0, out->dtype);
+            }
+            if (sweep->around)
+                copy_lines(to, place, (size_t)n * size_of(out->dtype), copy_line);
+        }
     }
+}
+
+INLINE void strip_block(
+    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base,
+    void (*copy_line)(char *to, const char *from))
+{
+    const Dtype dtype = sweep->x.dtype;
+    if (dtype == FLOAT32 && sweep->out.dtype == FLOAT32)
+        strip_steps(sweep, row, column, width, sums, base, 1, FLOAT32, copy_line);
+    else if (dtype == FLOAT64 && sweep->out.dtype == FLOAT64)
+        strip_steps(sweep, row, column, width, sums, base, 1, FLOAT64, copy_line);
+    else
+        strip_steps(sweep, row, column, width, sums, base, 0, FLOAT64, copy_line);
 }
 
 typedef struct {
     void (*read)(double *u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype);
     void (*write)(char *to, const double *y, int n, ptrdiff_t step, double base, double post, Dtype dtype);
     double (*fade)(double *u, double *v, double *y, int n, double sum, const Fading *fading);
-    void (*columns)(void *to, const void *from, int n, double *sums, const double *base, double lost, double kept,
-                    double pre, double post, Dtype to_dtype, Dtype from_dtype);
+    void (*strip)(
+        const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base);
+    void (*copy)(char *to, const char *from, size_t size);
 } Loops;
 
 #define COMPILE(version, TARGET)                                                                                   \
@@ -241,11 +285,14 @@ typedef struct {
     {                                                                                                              \
         return fade(u, v, y, n, sum, fading);                                                                      \
     }                                                                                                              \
-    TARGET static void columns_##version(                                                                          \
-        void *to, const void *from, int n, double *sums, const double *base, double lost, double kept, double pre, \
-        double post, Dtype to_dtype, Dtype from_dtype)                                                             \
+    TARGET static void strip_##version(                                                                            \
+        const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base)          \
     {                                                                                                              \
-        step_any_columns(to, from, n, sums, base, lost, kept, pre, post, to_dtype, from_dtype);                    \
+        strip_block(sweep, row, column, width, sums, base, copy_line_##version);                                   \
+    }                                                                                                              \
+    TARGET static void copy_##version(char *to, const char *from, size_t size)                                     \
+    {                                                                                                              \
+        copy_lines(to, from, size, copy_line_##version);                                                           \
     }
 
 COMPILE(baseline, )
@@ -256,10 +303,10 @@ COMPILE(avx512, TARGET_AVX512)
 
 static const Loops LOOPS[] = {
 #ifdef MANY_INSTRUCTION_SETS
-    [AVX512] = {read_avx512, write_avx512, fade_avx512, columns_avx512},
-    [AVX2] = {read_avx2, write_avx2, fade_avx2, columns_avx2},
+    [AVX512] = {read_avx512, write_avx512, fade_avx512, strip_avx512, copy_avx512},
+    [AVX2] = {read_avx2, write_avx2, fade_avx2, strip_avx2, copy_avx2},
 #endif
-    [BASELINE] = {read_baseline, write_baseline, fade_baseline, columns_baseline},
+    [BASELINE] = {read_baseline, write_baseline, fade_baseline, strip_baseline, copy_baseline},
 };
 
 /* Lines. */
@@ -303,7 +350,7 @@ static double line(
         if (sweep->around && (step == 1 || step == -1)) {
             char *place = (char *)result + (step == 1 ? 0 : (n - 1) * size);
             loops->write(place, y, n, step, base, post, out->dtype);
-            copy_around(step == 1 ? to : to - (n - 1) * size, (char *)result, (size_t)(n * size));
+            loops->copy(step == 1 ? to : to - (n - 1) * size, (char *)result, (size_t)(n * size));
         } else
             loops->write(to, y, n, step, base, post, out->dtype);
     }
@@ -358,23 +405,13 @@ static void segment(const Sweep *sweep, size_t index)
 
 static size_t strip(const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
 {
-    const Loops *loops = &LOOPS[chosen];
-    const Plane *x = &sweep->x, *out = &sweep->out;
     double *base = sweep->base + row * sweep->inner + column, *sums = sweep->sums + row * sweep->inner + column;
-    double result[STRIP];
+    size_t unfinished = 0;
     for (int i = 0; sweep->fresh && i < width; i++) {
         base[i] = first_of(sweep, row, column + i);
         sums[i] = 0.0;
     }
-    for (ptrdiff_t t = 0; t < sweep->n; t++) {
-        char *to = element(out, row, t, column), *place = sweep->around ? (char *)result : to;
-        const double lost = at(&sweep->lost, t), kept = sweep->kept.each ? sweep->kept.each[t] : 1.0 - lost;
-        loops->columns(place, element(x, row, t, column), width, sums, base, lost, kept, at(&sweep->pre, t),
-                       at(&sweep->post, t), out->dtype, x->dtype);
-        if (sweep->around)
-            copy_around(to, place, (size_t)width * size_of(out->dtype));
-    }
-    size_t unfinished = 0;
+    LOOPS[chosen].strip(sweep, row, column, width, sums, base);
     for (int i = 0; i < width; i++)
         unfinished += !isfinite(sums[i]);
     return unfinished;
@@ -400,7 +437,7 @@ static void sweep_part(void *work, size_t index)
     }
     if (unfinished)
         ADD(&sweep->unfinished, unfinished);
-#if defined(__x86_64__)
+#ifdef MANY_INSTRUCTION_SETS
     if (sweep->around)
         _mm_sfence();
 #endif
@@ -445,10 +482,11 @@ static void run(Sweep *sweep, int threads)
     const int large = (double)count * (double)sweep->n >= LARGE;
     threads = large && threads > 1 ? threads : 1;
     sweep->around = (double)count * (double)sweep->n * (double)size_of(sweep->out.dtype) >= AROUND;
-    const int columns = sweep->inner >= 4 && x_step == 1 && sweep->out.step[2] == 1 && step != 1 && step != -1;
+    const int simple = sweep->x.dtype == sweep->out.dtype && sweep->x.dtype <= FLOAT64;
+    const int columns = sweep->inner >= (simple ? 8 : 32) && x_step == 1 && sweep->out.step[2] == 1 && step != 1 && step != -1;
     if (columns) {
         const ptrdiff_t wanted = (threads + sweep->outer - 1) / sweep->outer;
-        const ptrdiff_t wide = ((sweep->inner + wanted - 1) / wanted + 15) / 16 * 16;
+        const ptrdiff_t wide = ((sweep->inner + wanted - 1) / wanted + 15) / 16 * 16; /* whole cache lines */
         sweep->way = STRIPS;
         sweep->each = wide < STRIP ? wide : STRIP;
         share(sweep_part, sweep, (size_t)((sweep->inner + sweep->each - 1) / sweep->each * sweep->outer), threads);
