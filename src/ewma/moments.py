@@ -25,8 +25,9 @@ from ewma.weighting import Rule, Terms, Weights, part_of
 
 Pair: TypeAlias = tuple[int, int]
 
+LEAST = 1 << 12
 MOST = 1 << 17
-"""How many steps at a time, while the weights still change from step to step."""
+"""How many steps at a time at least and at most, while the weights still change from step to step."""
 
 Operation: TypeAlias = Callable[[Any, Any], Any]
 
@@ -148,15 +149,15 @@ class Moments:
         base, sums = numpy.zeros((2, outer, 1, inner))
         for mean in self.means:
             base[...] = mean
-        begin, settled = 0, columns.settled(terms.lost)
+        begin, settled = 0, max(columns.settled(terms.lost), LEAST)
         while begin < n:
             steps = min(n - begin, MOST, settled - begin) if begin < settled else n - begin
-            weights = self.rule.constant_weights(terms, steps, weight, base, second=False)
-            part, share = slice(begin, begin + steps), weights.share
+            share, weight = self.rule.shares(terms, steps, weight, base)
+            part = slice(begin, begin + steps)
             fresh = begin == 0 and not self.weight
             if not kernel.mean(x[:, part], out[:, part], base, sums, terms.lost, 1.0, share, fresh):
                 return False
-            weight, begin = _last(weights.weight), begin + steps
+            begin += steps
         return True
 
     def reshape(self, outer: int, inner: int) -> None:

@@ -6,12 +6,15 @@ it reads. A tensor is lent as the NumPy array of its memory, so nothing here imp
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import Any
 
 from ewma.arrays import Array, is_tensor
 from ewma.kernels import _native
+
+LARGE = 1 << 20
 
 
 def mean(
@@ -54,7 +57,9 @@ def _of_tensor(x: Any) -> Any:
 
 
 def threads(x: Array) -> int:
-    """How many threads may share the work on x."""
+    """How many threads may share the work on x: one, where it is too small for others to be worth waking."""
+    if math.prod(x.shape) < LARGE:
+        return 1
     if is_tensor(x):
         return int(sys.modules["torch"].get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "")
