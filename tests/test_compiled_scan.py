@@ -17,6 +17,7 @@ from tests.conftest import NATIVE_MISSING
 
 import ewma
 from ewma import kernels
+from ewma.kernels import reference
 
 if NATIVE_MISSING:
     pytest.skip(NATIVE_MISSING, allow_module_level=True)
@@ -170,6 +171,34 @@ def test_tensors_round_as_torch_does(name: str, outer: int, inner: int) -> None:
     if name != "float64":  # the others differ only where a value lies next to the middle of two
         assert same.double().mean() > 0.999
     torch.testing.assert_close(out, torch.from_numpy(right).to(dtype))
+
+
+@pytest.mark.parametrize("made", [torch.from_numpy, numpy.asarray])
+@pytest.mark.parametrize("shape", [(1, 1000, 1), (3, 63, 1), (1, 63, 17), (4, 20, 300), (2, 0, 3), (0, 5, 2)])
+@pytest.mark.parametrize("broadcast", [(1, 1, 1), (1, 0, 1), (0, 0, 1), (0, 0, 0), (1, 0, 0)])
+@pytest.mark.parametrize("with_kept", [False, True])
+def test_shares_of_each_element(
+    shape: tuple[int, int, int], broadcast: tuple[int, int, int], with_kept: bool, made: Any
+) -> None:
+    rng = numpy.random.default_rng(3)
+    sizes = [1 if one else size for one, size in zip(broadcast, shape, strict=True)]
+    kept = rng.uniform(size=sizes) ** rng.integers(1, 30, sizes)
+    u, lost, kept = (made(array) for array in (values(*shape), 1.0 - kept, kept))
+    initial = made(values(shape[0], 1, shape[2]))
+    got, right = made(numpy.full(shape, numpy.nan)), made(numpy.full(shape, numpy.nan))
+    assert compiled_scan.scan(u, lost, initial, got, kept if with_kept else None)
+    reference.scan(u, lost, initial, right, kept if with_kept else None)
+    numpy.testing.assert_allclose(numpy.asarray(got), numpy.asarray(right), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1000, 1), (3, 63, 1), (1, 63, 17), (2, 0, 3)])
+@pytest.mark.parametrize("lost", [0.0, 0.25, 0.75, 1.0])
+def test_sums_of_one_share(shape: tuple[int, int, int], lost: float) -> None:
+    u, initial = values(*shape), values(shape[0], 1, shape[2])
+    got, right = numpy.full(shape, numpy.nan), numpy.full(shape, numpy.nan)
+    assert compiled_scan.scan(u, lost, initial, got, None)
+    reference.scan(u, lost, initial, right)
+    numpy.testing.assert_allclose(got, right, rtol=1e-12, atol=1e-12)
 
 
 # Every instruction set, any number of threads
@@ -383,6 +412,26 @@ def test_refused_before_anything_is_read(changed: dict[str, Any], kind: type[Exc
     assert call() is True
     with pytest.raises(kind, match=said):
         call(**changed)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "said"),
+    [
+        (0, numpy.ones((2, 10)), "of one shape"),
+        (0, numpy.ones((2, 10, 3), "f"), "expected float64"),
+        (1, numpy.ones((2, 9, 3)), "of one shape"),
+        (2, numpy.ones((2, 9, 3)), "of one shape"),
+        (3, read_only((2, 10, 3)), "read-only"),
+        (3, numpy.ones((2, 10, 2)), "of one shape"),
+        (4, numpy.ones((2, 1, 2)), "one for each series"),
+    ],
+)
+def test_elements_refused(place: int, wrong: Any, said: str) -> None:
+    given: list[Any] = [numpy.ones((2, 10, 3)) for _ in range(4)] + [numpy.zeros((2, 1, 3))]
+    assert _native.scan_elements(*given, 1) is None
+    given[place] = wrong
+    with pytest.raises(ValueError, match=said):
+        _native.scan_elements(*given, 1)
 
 
 def test_overlaps_are_refused() -> None:

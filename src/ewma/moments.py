@@ -238,6 +238,13 @@ class Moments:
         plus: Operation = operator.iadd if in_place else operator.add
         held = self.weight / terms.gain
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
+        if in_place and not self.wanted:
+            made = [_mean_of(x, start, terms.lost, weights.share) for x, start in zip(xs, starts, strict=True)]
+            if any(mean is False for mean in made):
+                return None
+            if not any(mean is None for mean in made):
+                self.seen = self.seen + float(n)
+                return self._keep(tuple(made), {}, weights, self.count + like(xs[0], columns.steps(n)))
         bases = tuple(map(_fixed, starts))
         rises, spreads = [], {}
         for x, base, start in zip(xs, bases, starts, strict=True):
@@ -317,6 +324,18 @@ class Moments:
         self.spreads = {pair: spread[:, -1:] for pair, spread in spreads.items()}
         self.weight, self.pairs, self.count = map(_last, (weights.weight, pairs, count))
         return Chunk(means, spreads, weights.total, pairs, count)
+
+
+def _mean_of(x: Array, start: Array, lost: float, share: float | Array) -> Any:
+    """The running mean from `start` on, in one compiled pass; False where it is not finite, None where none can be."""
+    kernel = kernels.compiled()
+    if kernel is None or (base := kernel.lend(start)) is None:
+        return None
+    out = module_of(x).empty_like(x, dtype=module_of(x).float64)
+    base = numpy.array(base, order="C")
+    share = share if isinstance(share, float) else kernel.lend(share).reshape(-1)
+    finite = kernel.mean(x, out, base, numpy.zeros_like(base), lost, 1.0, share, False)
+    return out if finite else finite
 
 
 def _last(x: Any) -> Any:

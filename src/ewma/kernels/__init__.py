@@ -95,6 +95,9 @@ def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array 
         out: float64, of u's shape; written.
         kept: 1 - lost to full precision, of lost's shape, for where next to nothing is left after a step, but counts.
     """
+    kernel = compiled()
+    if kernel is not None and kernel.scan(u, lost, initial, out, kept):
+        return
     name = choose()[0] if _forced() else "blocked"
     module = "reference" if name == "reference" else "blocked"
     importlib.import_module(f"ewma.kernels.{module}").scan(u, lost, initial, out, kept)

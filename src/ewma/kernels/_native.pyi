@@ -35,6 +35,9 @@ def scan(
 ) -> bool:
     """See `ewma.kernels.compiled_scan.mean`; of NumPy arrays (outer, n, inner), bfloat16 as int16, and vectors."""
 
+def scan_elements(u: Any, lost: Any, kept: Any, out: Any, sums: Any, threads: int) -> None:
+    """See `ewma.kernels.compiled_scan.scan`; of float64 NumPy arrays (outer, n, inner), kept may be None."""
+
 def instruction_sets() -> list[str]:
     """What this processor can run, the best first: that one is used."""
 

@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+import numpy
+
 from ewma.arrays import Array, is_tensor
 from ewma.kernels import _native
 
@@ -34,6 +36,24 @@ def mean(
     if lent is None or target is None:
         return None
     return _native.scan(lent, target, base, sums, lost, kept, pre, post, fresh, threads(x))
+
+
+def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None) -> bool:
+    """`ewma.kernels.scan`; False, with nothing done, where one of the arrays is not for this kernel."""
+    factors = [part for part in (lost, kept) if part is not None and not isinstance(part, float)]
+    lent = [lend(array) for array in (u, out, initial, *factors)]
+    if any(array is None or array.dtype.char != "d" for array in lent):
+        return False
+    most = threads(u)
+    u, out, initial, *factors = lent
+    shape = (u.shape[0], 1, u.shape[2])
+    sums = numpy.array(numpy.broadcast_to(initial, shape), order="C")
+    if isinstance(lost, float):
+        _native.scan(u, out, numpy.zeros(shape), sums, lost, None, 1.0, 1.0, False, most)
+    else:
+        lost, kept = (*(numpy.broadcast_to(part, u.shape) for part in factors), None)[:2]
+        _native.scan_elements(u, lost, kept, out, sums, most)
+    return True
 
 
 def lend(x: Array) -> Any:
