@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Each makes .venv with what it needs, and is quick the second time.
-# For who changes native.c: `make sanitize`.
+# For who changes the C files: `make sanitize`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The kernel tests once more, with every read, write and integer operation of native.c watched.
+# The kernel tests once more, with every read, write and integer operation of the C files watched.
 SANITIZED := build/sanitized
 SANITIZERS := libasan.so libubsan.so libstdc++.so.6
 sanitize: $(VENV)/.dev $(EWMA)
@@ -32,10 +32,11 @@ sanitize: $(VENV)/.dev $(EWMA)
 	$(CC) -shared -fPIC -O3 -g -Wall -Wextra -Werror -Wno-unused-parameter -fsanitize=address,undefined \
 		-fno-sanitize-recover=all -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread \
 		-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
-		src/ewma/kernels/native.c src/ewma/kernels/places.c -o $(SANITIZED)/ewma/kernels/_native.abi3.so
+		src/ewma/kernels/*.c -lm -o $(SANITIZED)/ewma/kernels/_native.abi3.so
 	LD_PRELOAD="$(foreach library,$(SANITIZERS),$(shell $(CC) -print-file-name=$(library)))" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/python -m pytest -k native tests/test_native.py tests/test_choice.py tests/test_kernels.py
+		$(BIN)/python -m pytest -k "native or compiled" tests/test_native.py tests/test_compiled_scan.py \
+		tests/test_choice.py tests/test_kernels.py
 
 bench: $(VENV)/.dev $(EWMA)
 	$(BIN)/python -m benchmarks

@@ -75,6 +75,20 @@ def ramp(lost: float, n: int) -> tuple[Vector, Vector]:
 
 
 @functools.lru_cache(maxsize=64)
+def settled(lost: float) -> float:
+    """After how many steps a debiased weight does not change any more: what is left of the past is below 2 ** -54."""
+    return math.inf if lost == 0.0 else 1 if lost >= 1.0 else math.ceil(54.0 * math.log(2.0) / -math.log1p(-lost))
+
+
+@functools.lru_cache(maxsize=8)
+def shares(lost: float, n: int) -> Vector:
+    """What each of the first n values is of all so far, where all came with the same gain: of shape (1, n, 1)."""
+    share: Vector = 1.0 / ramp(lost, n)[0]
+    share.flags.writeable = False
+    return share
+
+
+@functools.lru_cache(maxsize=64)
 def powers(lost: float, n: int) -> Vector:
     """`(1 - lost) ** k` for k = 0 .. n, right to the last bits however small `lost` is."""
     if lost >= 1.0:

@@ -16,12 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy
+
 from ewma import columns, kernels
 from ewma.arrays import Array, before, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.profiles import Exponential
 from ewma.weighting import Rule, Terms, Weights, part_of
 
 Pair: TypeAlias = tuple[int, int]
+
+LEAST = 1 << 12
+MOST = 1 << 17
+"""How many steps at a time at least and at most, while the weights still change from step to step."""
+
 Operation: TypeAlias = Callable[[Any, Any], Any]
 
 
@@ -125,6 +132,42 @@ class Moments:
         self.time += xs[0].shape[1] if elapsed is None else float(elapsed.sum())
         return chunk
 
+    def smooth(self, x: Array, out: Array) -> bool:
+        """Write the running mean of whole series, every step alike and every value finite, in one compiled pass.
+
+        The state stays as it is. Where this cannot be, False, and what was written has no meaning.
+
+        Args:
+            x: of shape (outer, n, inner), of real numbers, time in the middle.
+            out: of the same shape, sharing no memory with x.
+        """
+        kernel = kernels.compiled()
+        n = x.shape[1]
+        if (
+            not n
+            or kernel is None
+            or not isinstance(self.weight, float)
+            or (not self.rule.debias and self.weight not in (0, 1))
+        ):
+            return False
+        terms, weight = self.rule.terms(x, self.time, None, 0, n), self.weight
+        if not terms.constant:
+            return False
+        base, start = (kernel.lend(part) for part in (_base(x), self.means[0] if self.means else wide(x[:, :1])))
+        if base is None or start is None:
+            return False
+        base = numpy.array(base, order="C")
+        sums = (weight if self.rule.debias else 1.0) / terms.gain * (start - base)
+        begin, settled = 0, max(columns.settled(terms.lost), LEAST)
+        while begin < n:
+            steps = min(n - begin, MOST, settled - begin) if begin < settled else n - begin
+            share, weight = self.rule.shares(terms, steps, weight, base)
+            part = slice(begin, begin + steps)
+            if not kernel.mean(x[:, part], out[:, part], base, sums, terms.lost, 1.0, share, False):
+                return False
+            begin += steps
+        return True
+
     def reshape(self, outer: int, inner: int) -> None:
         """Look at the same series as outer times inner of them."""
         shape = (outer, 1, inner)
@@ -208,6 +251,16 @@ class Moments:
         held = (self.weight if self.rule.debias else 1.0) / terms.gain
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
         bases = tuple(map(_base, xs))
+        if in_place and not self.wanted:
+            made = [
+                _mean_of(x, base, held * (start - base), terms.lost, weights.share)
+                for x, base, start in zip(xs, bases, starts, strict=True)
+            ]
+            if any(mean is False for mean in made):
+                return None
+            if not any(mean is None for mean in made):
+                self.seen = self.seen + float(n)
+                return self._keep(tuple(made), {}, weights, self.count + like(xs[0], columns.steps(n)))
         rises, spreads = [], {}
         for x, base, start in zip(xs, bases, starts, strict=True):
             rises.append(times(scan(x - base, terms.lost, held * (start - base)), weights.share))
@@ -295,6 +348,18 @@ def _end(x: Array) -> Array:
     return x if x.shape[1] == 1 else module_of(x).concatenate((x[:, -1:],), 1)
 
 
+def _mean_of(x: Array, base: Array, sums: Array, lost: float, share: float | Array) -> Any:
+    """The running mean in one compiled pass; False where it is not finite, None where none can be."""
+    kernel = kernels.compiled()
+    if kernel is None or (lent := kernel.lend(base)) is None:
+        return None
+    out = module_of(x).empty_like(x, dtype=module_of(x).float64)
+    share = share if isinstance(share, float) else kernel.lend(share).reshape(-1)
+    base, sums = (numpy.array(part, order="C") for part in (lent, kernel.lend(sums)))
+    finite = kernel.mean(x, out, base, sums, lost, 1.0, share, False)
+    return out if finite else finite
+
+
 def _last(x: Any) -> Any:
     """What holds after the last step, as a float where it is one number on the host."""
     if isinstance(x, float):
@@ -310,15 +375,18 @@ def _fixed(x: Array) -> Array:
 
 
 def _base(x: Array) -> Array:
-    """What the recurrence is carried relative to: of a few of the values' range what is nearest to 0, for each series.
+    """What the recurrence is carried relative to, for each series: the smallest of a few values of one size.
 
-    A constant series comes to 0 then, and a large offset to what it varies by; while a single spike, were it the base,
-    would take the digits of all the values that follow. To the result it makes no difference, so it has no gradient.
+    A constant series comes to 0 then, and a large offset to what it varies by, without rounding: no value is more than
+    twice the base. Otherwise the base is 0, since a single spike would take the digits of all the values that follow.
+    To the result the base makes no difference, so it has no gradient.
     """
     x, module = _fixed(x), module_of(x)
     some = wide(x[:, :: max(x.shape[1] // 16, 1)])
     low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
-    return module.where(low > 0.0, low, module.where(high < 0.0, high, 0.0 * low))[:, None]
+    zero = 0.0 * low
+    above, below = (low > 0.0) & (high <= 2.0 * low), (high < 0.0) & (low >= 2.0 * high)
+    return module.where(above, low, module.where(below, high, zero))[:, None]
 
 
 def _unit(arrays: list[Array], squared: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ DOMAINS: dict[str, tuple[str, Callable[[Array], Array]]] = {
 }
 
 
+PLAIN = frozenset((int, float, bool, str, type(None)))
+
+
 def rule_of(
     call: str,
     series: Series,
@@ -39,6 +43,8 @@ def rule_of(
         series: a knob that is an array broadcasts to it.
         times: what its stamps come to, if it has any.
     """
+    if profile is None and times is None and PLAIN.issuperset(map(type, (*knobs.values(), debias, weigh, missing))):
+        return _plain(call, debias, weigh, missing, **knobs)
     dated = times is not None and times.in_seconds
     knobs = {name: stamps.in_seconds(name, value, dated) for name, value in knobs.items()}
     name = next((name for name in KNOBS if is_array(knobs[name])), None)
@@ -52,6 +58,13 @@ def rule_of(
     if weigh not in ("time", "value"):
         raise ValueError(f'weigh must be "time" or "value"; got {weigh!r}')
     return Rule(None, debias, weigh, check_missing(missing), times is not None, alpha)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _plain(call: str, debias: bool, weigh: Weigh | None, missing: Missing, **knobs: float | None) -> Rule:
+    """The rule of one knob that is a number: made once, since many series have the same."""
+    exponential = profiles.resolve(call, None, debias, **knobs)
+    return Rule(exponential, debias, weighing(exponential, weigh), check_missing(missing))
 
 
 def is_array(value: Any) -> bool:

@@ -10,7 +10,7 @@ from ewma.arrays import Array
 from ewma.moments import Chunk, Moments, correlated, root, standardized
 from ewma.profiles import Profile
 from ewma.recurrence import Weigh
-from ewma.sweep import Statistic, both_sides, starting, sweep
+from ewma.sweep import Statistic, both_sides, mean_of, starting, sweep
 from ewma.values import unpack
 from ewma.weighting import Missing, check_min_periods
 
@@ -157,7 +157,7 @@ class ewm:
 
     def mean(self, *, out: Any = None) -> Any:
         """The running mean; `out` as in `smooth`."""
-        return self._each(lambda chunk, prior, xs: chunk.means[:1], out=out)[0]
+        return self._each(mean_of, out=out)[0]
 
     def var(self, *, unbiased: bool = True) -> Any:
         """The running variance."""

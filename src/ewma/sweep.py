@@ -65,6 +65,13 @@ def sweep(
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in whole]
     made = [empty(first) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
+    plain = statistic is mean_of and elapsed is None and made[0] is not first.array
+    with quietly(first.array):
+        done = plain and moments.smooth(arrays[0], views[0])
+    if done:
+        if needed > 1:
+            views[0][:, : needed - 1] = math.nan
+        return [_give(first, made[0], out)]
 
     def group(lanes: tuple[slice, slice]) -> None:
         rows, columns = lanes
@@ -81,6 +88,11 @@ def sweep(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(group, _lanes(outer, inner, threads)))
     return [_give(first, array, out) for array in made]
+
+
+def mean_of(chunk: Chunk, prior: Moments, xs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The statistic that is the mean."""
+    return chunk.means[:1]
 
 
 def follow(

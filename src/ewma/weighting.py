@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
-from ewma.arrays import Array, before, full, like, module_of
+from ewma.arrays import Array, before, full, is_tensor, like, module_of
 from ewma.profiles import Exponential, Profile, Uniform
 from ewma.recurrence import Weigh
 
@@ -169,6 +169,17 @@ class Rule:
             share, kept = gain / weight, past / weight
         share, kept = share * observed, kept * observed + missing
         return Weights(share, kept, after, 1.0, share * (2.0 - share), kept * kept, 2.0 * kept * share)
+
+    def shares(self, terms: Terms, n: int, weight: float, x: Array) -> tuple[float | Array, float]:
+        """What each of n values is of all so far, where all steps are alike and observed; and the weight after them."""
+        if self.debias and weight == 0.0 and not is_tensor(x):
+            from ewma import columns
+
+            share = columns.shares(terms.lost, n)
+            return share, float(terms.gain / share[0, -1, 0])
+        weights = self.constant_weights(terms, n, weight, x, second=False)
+        after = weights.weight
+        return weights.share, after if isinstance(after, float) else float(after[0, -1, 0])
 
     def constant_weights(self, terms: Terms, n: int, weight: float, x: Array, second: bool) -> Weights:
         """The weights of n steps that are alike and all observed, in closed form: of shape (1, n, 1), or floats.

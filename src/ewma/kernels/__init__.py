@@ -14,6 +14,7 @@ imported before it is needed: what works on NumPy arrays never brings torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -94,9 +95,22 @@ def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array 
         out: float64, of u's shape; written.
         kept: 1 - lost to full precision, of lost's shape, for where next to nothing is left after a step, but counts.
     """
+    kernel = compiled()
+    if kernel is not None and kernel.scan(u, lost, initial, out, kept):
+        return
     name = choose()[0] if _forced() else "blocked"
     module = "reference" if name == "reference" else "blocked"
     importlib.import_module(f"ewma.kernels.{module}").scan(u, lost, initial, out, kept)
+
+
+def compiled() -> Any:
+    """`ewma.kernels.compiled_scan`, where that is what scans along time on the CPU; else None."""
+    return _compiled_scan() if _forced() is None or choose()[0] == "native" else None
+
+
+@functools.cache
+def _compiled_scan() -> Any:
+    return None if missing() else importlib.import_module("ewma.kernels.compiled_scan")
 
 
 def choose(*devices: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The compiled module: native.c and places.c, where a C compiler was there when the package was installed."""
+"""The compiled module: native.c, scan.c and places.c, where a C compiler was there when the package was installed."""
 
 from array import array
 from collections.abc import Sequence
@@ -20,6 +20,23 @@ def lerp(
 
     `start` and `stop` choose among the elements of all tensors, one after the other.
     """
+
+def scan(
+    x: Any,
+    out: Any,
+    base: Any,
+    sums: Any,
+    lost: Any,
+    kept: Any,
+    pre: Any,
+    post: Any,
+    fresh: bool,
+    threads: int,
+) -> bool:
+    """See `ewma.kernels.compiled_scan.mean`; of NumPy arrays (outer, n, inner), bfloat16 as int16, and vectors."""
+
+def scan_elements(u: Any, lost: Any, kept: Any, out: Any, sums: Any, threads: int) -> None:
+    """See `ewma.kernels.compiled_scan.scan`; of float64 NumPy arrays (outer, n, inner), kept may be None."""
 
 def instruction_sets() -> list[str]:
     """What this processor can run, the best first: that one is used."""

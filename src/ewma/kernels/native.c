@@ -7,31 +7,7 @@
    The arithmetic is the same, bit for bit, for every instruction set and any number of threads: no operations are fused
    or reordered. */
 
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
-#include <Python.h>
-#include <float.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__GNUC__)
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
-
-#if defined(__clang__)
-#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define INDEPENDENT _Pragma("GCC ivdep")
-#else
-#define INDEPENDENT
-#endif
-
-typedef enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 } Dtype;
-
-static const size_t SIZES[] = {4, 8, 2, 2};
+#include "native.h"
 
 /* How many elements are averaged into one set before the next, and how many a thread takes at a time. */
 enum { BLOCK = 512, PART = 1 << 17 };
@@ -56,44 +32,8 @@ typedef struct {
     Set set[];
 } Update;
 
-/* Numbers and their bits. */
-
 #define LARGEST_FLOAT 0x7f7fffffu
 #define LARGEST_DOUBLE 0x7fefffffffffffffu
-
-INLINE uint32_t bits_of_float(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
-INLINE uint64_t bits_of_double(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
-INLINE float float_of(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
-INLINE double double_of(uint64_t u) { double x; memcpy(&x, &u, sizeof x); return x; }
-
-INLINE float float_of_half(uint32_t half)
-{
-    const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
-    const uint32_t normal = (magnitude << 13) + (112u << 23), special = (magnitude << 13) | 0x7f800000;
-    const uint32_t subnormal = bits_of_float((float)(int32_t)magnitude * 0x1p-24f);
-    return float_of(sign | (magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : special));
-}
-
-INLINE uint16_t bfloat_of(float x)
-{
-    const uint32_t u = bits_of_float(x);
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-INLINE float read_float(const void *from, int i, Dtype dtype)
-{
-    switch (dtype) {
-    case FLOAT32: return ((const float *)from)[i];
-    case FLOAT64: return (float)((const double *)from)[i];
-    case BFLOAT16: return float_of((uint32_t)((const uint16_t *)from)[i] << 16);
-    default: return float_of_half(((const uint16_t *)from)[i]);
-    }
-}
-
-INLINE double read_double(const void *from, int i, Dtype dtype)
-{
-    return dtype == FLOAT64 ? ((const double *)from)[i] : (double)read_float(from, i, dtype);
-}
 
 INLINE void write_float(void *to, int i, float x, Dtype dtype)
 {
@@ -243,10 +183,10 @@ INLINE size_t lerp_range(
             const uint64_t first = start - row->before;
             uint64_t n = row->size - first < stop - start ? row->size - first : stop - start;
             n = n < BLOCK ? n : BLOCK;
-            const void *values = (const char *)(uintptr_t)row->value + first * SIZES[value_dtype];
+            const void *values = (const char *)(uintptr_t)row->value + first * size_of(value_dtype);
             for (size_t k = 0; k < update->sets; k++) {
                 const Set *set = &update->set[k];
-                void *averages = (char *)(uintptr_t)row->averages[k] + first * SIZES[average_dtype];
+                void *averages = (char *)(uintptr_t)row->averages[k] + first * size_of(average_dtype);
                 const uint32_t offset = set->word + (uint32_t)row->stream + (uint32_t)first * GOLDEN;
                 if (lerp_block(averages, values, (int)n, set, offset, average_dtype, value_dtype)) {
                     const size_t out = carefully(averages, values, (int)n, set, offset, update);
@@ -278,7 +218,7 @@ INLINE size_t lerp_dtypes(const Update *update, uint64_t start, uint64_t stop)
     }
 }
 
-/* And one copy of all these for each instruction set; which one runs is found out when the module is loaded. */
+/* And one copy of all these for each instruction set. */
 
 typedef size_t Lerp(const Update *update, uint64_t start, uint64_t stop);
 
@@ -287,21 +227,13 @@ static size_t lerp_baseline(const Update *update, uint64_t start, uint64_t stop)
     return lerp_dtypes(update, start, stop);
 }
 
-#if defined(__GNUC__) && defined(__x86_64__)
-#define MANY_INSTRUCTION_SETS
-
-__attribute__((target("avx2,fma,bmi,bmi2")))
-static size_t lerp_avx2(const Update *update, uint64_t start, uint64_t stop)
+#ifdef MANY_INSTRUCTION_SETS
+TARGET_AVX2 static size_t lerp_avx2(const Update *update, uint64_t start, uint64_t stop)
 {
     return lerp_dtypes(update, start, stop);
 }
 
-#if defined(__clang__)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
-#else
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")))
-#endif
-static size_t lerp_avx512(const Update *update, uint64_t start, uint64_t stop)
+TARGET_AVX512 static size_t lerp_avx512(const Update *update, uint64_t start, uint64_t stop)
 {
     return lerp_dtypes(update, start, stop);
 }
@@ -312,138 +244,55 @@ static const struct {
     Lerp *lerp;
 } VERSIONS[] = {
 #ifdef MANY_INSTRUCTION_SETS
-    {"avx512", lerp_avx512},
-    {"avx2", lerp_avx2},
+    [AVX512] = {"avx512", lerp_avx512},
+    [AVX2] = {"avx2", lerp_avx2},
 #endif
-    {"baseline", lerp_baseline},
+    [BASELINE] = {"baseline", lerp_baseline},
 };
 
-enum { VERSION_COUNT = sizeof VERSIONS / sizeof *VERSIONS };
+Version chosen = BASELINE;
 
-static int chosen = VERSION_COUNT - 1;
-
-static int runs_here(int version)
+static int runs_here(Version version)
 {
 #ifdef MANY_INSTRUCTION_SETS
     __builtin_cpu_init();
-    if (version == 0)
+    if (version == AVX512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
             && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
             && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
             && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    if (version == 1)
+    if (version == AVX2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
             && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 #endif
-    return version == VERSION_COUNT - 1;
+    return version == BASELINE;
 }
 
-/* Threads. Large work is cut into parts, which the caller and the pool's threads take one after the other. The threads
-   sleep in between; they are made when first needed, and again in a forked child, which has none of its parent's. */
-
-#if defined(__GNUC__) && !defined(_WIN32)
-#define THREADS
-#include <pthread.h>
-#include <signal.h>
+/* Large work is cut into parts, which threads share. */
 
 typedef struct {
     const Update *update;
-    uint64_t start, stop, next;
+    uint64_t start, stop;
     size_t skipped;
 } Work;
 
-static void take_parts(Work *work)
+static void lerp_part(void *shared, size_t index)
 {
-    size_t skipped = 0;
-    for (;;) {
-        const uint64_t start = __atomic_fetch_add(&work->next, PART, __ATOMIC_RELAXED);
-        if (start >= work->stop)
-            break;
-        const uint64_t stop = work->stop - start < PART ? work->stop : start + PART;
-        skipped += VERSIONS[chosen].lerp(work->update, start, stop);
-    }
-    __atomic_fetch_add(&work->skipped, skipped, __ATOMIC_RELAXED);
+    Work *work = shared;
+    const uint64_t start = work->start + index * PART, left = work->stop - start;
+    const size_t skipped = VERSIONS[chosen].lerp(work->update, start, left < PART ? work->stop : start + PART);
+    if (skipped)
+        ADD(&work->skipped, skipped);
 }
 
-static struct {
-    pthread_mutex_t turn, lock; /* one work at a time; and for all that follows */
-    pthread_cond_t wake, done;
-    Work *work;
-    int threads, seats, busy; /* how many there are; may still join the work; have not finished it */
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
-          NULL, 0, 0, 0};
-
-static void begin_anew_in_child(void)
-{
-    pool.turn = pool.lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
-    pool.wake = pool.done = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
-    pool.threads = pool.seats = pool.busy = 0;
-}
-
-static void *help(void *unused)
-{
-    pthread_mutex_lock(&pool.lock);
-    for (;;) {
-        while (pool.seats == 0)
-            pthread_cond_wait(&pool.wake, &pool.lock);
-        pool.seats--;
-        Work *work = pool.work;
-        pthread_mutex_unlock(&pool.lock);
-        take_parts(work);
-        pthread_mutex_lock(&pool.lock);
-        if (--pool.busy == 0)
-            pthread_cond_signal(&pool.done);
-    }
-    return unused;
-}
-
-static void add_thread(void)
-{
-    sigset_t all, before;
-    pthread_t thread;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's threads */
-    if (pthread_create(&thread, NULL, help, NULL) == 0) {
-        pthread_detach(thread);
-        pool.threads++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-}
-
-/* Where another Python thread has the pool already, the caller does its own work alone. */
 static size_t lerp_together(const Update *update, uint64_t start, uint64_t stop, int threads)
 {
-    if (threads < 2 || stop - start <= PART || pthread_mutex_trylock(&pool.turn) != 0)
+    if (threads < 2 || stop - start <= PART)
         return VERSIONS[chosen].lerp(update, start, stop);
-    Work work = {update, start, stop, start, 0};
-    pthread_mutex_lock(&pool.lock);
-    for (int missing = threads - 1 - pool.threads; missing > 0; missing--)
-        add_thread();
-    pool.work = &work;
-    pool.seats = pool.busy = pool.threads < threads - 1 ? pool.threads : threads - 1;
-    if (pool.busy)
-        pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
-    take_parts(&work);
-    pthread_mutex_lock(&pool.lock);
-    pool.busy -= pool.seats; /* those that did not wake in time are not waited for */
-    pool.seats = 0;
-    while (pool.busy)
-        pthread_cond_wait(&pool.done, &pool.lock);
-    pthread_mutex_unlock(&pool.lock);
-    pthread_mutex_unlock(&pool.turn);
+    Work work = {update, start, stop, 0};
+    share(lerp_part, &work, (size_t)((stop - start + PART - 1) / PART), threads);
     return work.skipped;
 }
-
-#else
-
-static size_t lerp_together(const Update *update, uint64_t start, uint64_t stop, int threads)
-{
-    (void)threads;
-    return VERSIONS[chosen].lerp(update, start, stop);
-}
-
-#endif
 
 /* What Python sees; _native.pyi says what each function is for. */
 
@@ -524,7 +373,7 @@ done:
 static PyObject *py_instruction_sets(PyObject *module, PyObject *unused)
 {
     PyObject *names = PyList_New(0);
-    for (int version = 0; names && version < VERSION_COUNT; version++)
+    for (Version version = 0; names && version < VERSION_COUNT; version++)
         if (runs_here(version)) {
             PyObject *name = PyUnicode_FromString(VERSIONS[version].name);
             if (!name || PyList_Append(names, name) < 0)
@@ -536,7 +385,7 @@ static PyObject *py_instruction_sets(PyObject *module, PyObject *unused)
 
 static PyObject *py_use(PyObject *module, PyObject *name)
 {
-    for (int version = 0; version < VERSION_COUNT; version++)
+    for (Version version = 0; version < VERSION_COUNT; version++)
         if (PyUnicode_CompareWithASCIIString(name, VERSIONS[version].name) == 0 && runs_here(version)) {
             const char *before = VERSIONS[chosen].name;
             chosen = version;
@@ -545,11 +394,10 @@ static PyObject *py_use(PyObject *module, PyObject *name)
     return PyErr_Format(PyExc_ValueError, "this machine has no instruction set called %R", name);
 }
 
-PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
-PyObject *py_moved(PyObject *module, PyObject *arguments);
-
 static PyMethodDef METHODS[] = {
     {"lerp", py_lerp, METH_VARARGS, NULL},
+    {"scan", py_scan, METH_VARARGS, NULL},
+    {"scan_elements", py_scan_elements, METH_VARARGS, NULL},
     {"places", py_places, METH_VARARGS, NULL},
     {"moved", py_moved, METH_VARARGS, NULL},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, NULL},
@@ -563,9 +411,7 @@ static int prepare_module(PyObject *module)
     chosen = 0;
     while (!runs_here(chosen))
         chosen++;
-#ifdef THREADS
-    pthread_atfork(NULL, NULL, begin_anew_in_child);
-#endif
+    prepare_threads();
     return 0;
 }
 

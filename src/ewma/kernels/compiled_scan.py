@@ -1,0 +1,86 @@
+"""The scan along time in one compiled pass over memory, for NumPy arrays and tensors on the CPU.
+
+scan.c has the loops; it goes by the buffers that NumPy lends, which say where and what they are, and checks them before
+it reads. A tensor is lent as the NumPy array of its memory, so nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any
+
+import numpy
+
+from ewma.arrays import Array, is_tensor
+from ewma.kernels import _native
+
+LARGE = 1 << 20
+
+
+def mean(
+    x: Array, out: Array, base: Any, sums: Any, lost: Any, pre: Any, post: Any, fresh: bool, kept: Any = None
+) -> bool | None:
+    """`S[t] = S[t-1] + (pre[t] * (x[t] - base) - lost[t] * S[t-1])` and `out[t] = base + post[t] * S[t]`.
+
+    Args:
+        x, out: of shape (outer, n, inner), of any layout, sharing no memory.
+        base, sums: float64 NumPy arrays of a number for each series: S is read, and left as after the last step.
+        lost, pre, post, kept: floats, or float64 NumPy arrays of n numbers. kept: 1 - lost to full precision, if given.
+        fresh: S begins at 0 and the base is the first value, whatever they were.
+
+    True where all sums stayed finite; None, with nothing done, where x or out are not for this kernel.
+    """
+    lent, target = lend(x), lend(out)
+    if lent is None or target is None:
+        return None
+    return _native.scan(lent, target, base, sums, lost, kept, pre, post, fresh, threads(x))
+
+
+def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None) -> bool:
+    """`ewma.kernels.scan`; False, with nothing done, where one of the arrays is not for this kernel."""
+    factors = [part for part in (lost, kept) if part is not None and not isinstance(part, float)]
+    lent = [lend(array) for array in (u, out, initial, *factors)]
+    if any(array is None or array.dtype.char != "d" for array in lent):
+        return False
+    most = threads(u)
+    u, out, initial, *factors = lent
+    shape = (u.shape[0], 1, u.shape[2])
+    sums = numpy.array(numpy.broadcast_to(initial, shape), order="C")
+    if isinstance(lost, float):
+        _native.scan(u, out, numpy.zeros(shape), sums, lost, None, 1.0, 1.0, False, most)
+    else:
+        lost, kept = (*(numpy.broadcast_to(part, u.shape) for part in factors), None)[:2]
+        _native.scan_elements(u, lost, kept, out, sums, most)
+    return True
+
+
+def lend(x: Array) -> Any:
+    """A NumPy array of x's own memory that C can read; None where there is none."""
+    if is_tensor(x):
+        return _of_tensor(x)
+    return x if x.dtype.char in "fde" and x.dtype.isnative and x.flags.aligned else None
+
+
+def _of_tensor(x: Any) -> Any:
+    torch = sys.modules["torch"]
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return None
+    if torch.compiler.is_compiling() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return None
+    try:
+        x = x.detach()
+        return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
+    except (RuntimeError, TypeError):  # what has no memory of its own: under vmap, negated, on no device
+        return None
+
+
+def threads(x: Array) -> int:
+    """How many threads may share the work on x: one, where it is too small for others to be worth waking."""
+    if math.prod(x.shape) < LARGE:
+        return 1
+    if is_tensor(x):
+        return int(sys.modules["torch"].get_num_threads())
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
