@@ -81,7 +81,7 @@ class Number:
             self.skipped += 1
             self.moments.miss(elapsed, decay=self.missing == "decay")
             if self.missing == "propagate":
-                self.moments.mean = self.moments.biased = math.nan
+                self.moments.count = math.nan  # never enough
 
     def extend(self, series: Series, elapsed: Any, timed: bool) -> Array:
         """Take in a chunk; its running mean."""

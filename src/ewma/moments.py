@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
     total: float | Array
     pairs: Array
     count: Array
-    """How many values were observed so far."""
+    """How many values were observed so far; NaN where a missing one has made all unknown."""
 
     def second(self, pair: Pair, unbiased: bool) -> Array:
         """The variance or covariance; NaN where there is none yet."""
@@ -299,14 +299,13 @@ class Moments:
             new = weights.share * weights.kept * product
             spreads[pair] = scan(new, weights.share, self.spreads.get(pair, 0.0), weights.kept)
         means = tuple(base + rise for base, rise in zip(bases, rises, strict=True))
-        if self.rule.missing == "propagate":
-            poisoned = (~finite).cumsum(1) > 0
-            means = tuple(module.where(poisoned, math.nan, mean) for mean in means)
-            spreads = {pair: module.where(poisoned, math.nan, spread) for pair, spread in spreads.items()}
+        count = self.count + observed.cumsum(1)
+        if self.rule.missing == "propagate":  # a count that is not known is never enough
+            count = module.where((~finite).cumsum(1) > 0, math.nan, count + 0.0 * means[0])
         counted = observed if self.rule.missing != "decay" else 0.0 * observed + 1.0
         passed = counted if elapsed is None else counted * like(observed, elapsed[None, :, None])
         self.seen = self.seen + _last(passed.cumsum(1))
-        return self._keep(means, spreads, weights, self.count + observed.cumsum(1))
+        return self._keep(means, spreads, weights, count)
 
     def _starts(self, clean: tuple[Array, ...], finite: Array) -> tuple[Array, ...]:
         """Where each average is carried from: the mean so far, or the first value where there is none yet."""
@@ -318,10 +317,7 @@ class Moments:
         if self.begun:
             return self.means
         unseen = (wide(finite[:, :1]) * 0.0 + self.count) == 0.0
-        return tuple(
-            module.where(unseen & (mean == mean), value, mean)  # a NaN that propagates stays
-            for value, mean in zip(values, self.means, strict=True)
-        )
+        return tuple(module.where(unseen, value, mean) for value, mean in zip(values, self.means, strict=True))
 
     def _scaled(self, xs: tuple[Array, ...], terms: Terms, elapsed: Any, scale: float) -> Chunk:
         """Numbers so large that their differences or squares overflow: the same with all of them made smaller."""
@@ -375,18 +371,17 @@ def _fixed(x: Array) -> Array:
 
 
 def _base(x: Array) -> Array:
-    """What the recurrence is carried relative to, for each series: the smallest of a few values of one size.
+    """What the recurrence is carried relative to, for each series: its first value, where all are of one size.
 
-    A constant series comes to 0 then, and a large offset to what it varies by, without rounding: no value is more than
-    twice the base. Otherwise the base is 0, since a single spike would take the digits of all the values that follow.
-    To the result the base makes no difference, so it has no gradient.
+    A constant comes to 0 then, and a large offset to what it varies by, without rounding: no value is more than twice
+    another. Otherwise the base is 0, since a single spike would take the digits of all the values that follow. To the
+    result the base makes no difference, so it has no gradient. (A few values stand for all of them.)
     """
     x, module = _fixed(x), module_of(x)
     some = wide(x[:, :: max(x.shape[1] // 16, 1)])
     low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
-    zero = 0.0 * low
-    above, below = (low > 0.0) & (high <= 2.0 * low), (high < 0.0) & (low >= 2.0 * high)
-    return module.where(above, low, module.where(below, high, zero))[:, None]
+    alike = ((low > 0.0) & (high <= 2.0 * low)) | ((high < 0.0) & (low >= 2.0 * high))
+    return module.where(alike, some[:, 0], 0.0 * low)[:, None]
 
 
 def _unit(arrays: list[Array], squared: bool) -> float:

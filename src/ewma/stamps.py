@@ -84,6 +84,8 @@ def _as_array(times: Any) -> Any:
         return array.astype(float)
     if array.dtype.kind == "u":
         return array.astype("int64" if array.max() < 2**63 else float)
+    if array.dtype.kind in "Mm" and numpy.datetime_data(array.dtype)[0] in "YM":  # of no one length
+        return array.astype(f"{array.dtype.kind}8[s]")
     if array.dtype.kind in "iMm":
         return array
     raise TypeError(

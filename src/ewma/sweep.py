@@ -122,8 +122,8 @@ def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, 
     outer, n, inner = series.shape
     x = wide(series.array.reshape(outer, n, inner))
     target = empty(series) if out is None else _check_out(series, out)
-    if not n:
-        return series.pack(target)
+    if not math.prod(x.shape):
+        return series.pack(series.array.to(series.floating) if needs_gradient(x) else target)
     module = module_of(x)
     rule = replace(rule, weigh="value")
     back = None if elapsed is None else numpy.concatenate(([1.0], elapsed[:0:-1]))

@@ -6,6 +6,7 @@ None of these libraries is imported here but NumPy, and only for lists and frame
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def unpack(where: str, x: Any, axis: int | None) -> Series:
             f"{where}: expected a list, a NumPy array, a torch tensor, or a pandas or polars series or frame; got "
             f"{type(x).__name__}. An iterator becomes a list with list(x)."
         )
-    array = module_of(x).asarray(x)
+    array = module_of(x).asarray(x.astype(float).filled(math.nan) if hasattr(x, "filled") else x)
     floating = _floating(where, array)
     return Series(array, _axis(where, axis, array.ndim), lambda result: result, floating)
 
@@ -70,14 +71,14 @@ def _axis(where: str, axis: int | None, dimensions: int) -> int:
     if dimensions == 0:
         raise ValueError(f"{where}: expected a series; got a single number. One value at a time is ewma.EMA's update.")
     chosen = -1 if axis is None else axis
-    if isinstance(chosen, bool) or not isinstance(chosen, int):
+    if isinstance(chosen, bool) or not hasattr(chosen, "__index__"):
         raise TypeError(f"{where}: axis must be an integer; got {axis!r}")
     if not -dimensions <= chosen < dimensions:
         raise ValueError(
             f"{where}: expected axis from {-dimensions} to {dimensions - 1}, x having {dimensions} of them; got "
             f"axis={axis}"
         )
-    return chosen % dimensions
+    return operator.index(chosen) % dimensions
 
 
 def _floating(where: str, array: Any) -> Any:
@@ -137,7 +138,7 @@ def _pandas(where: str, x: Any) -> Series:
             f"{where}: expected columns of real numbers; {', '.join(map(repr, wrong))} are not. Select some, "
             f'for example x.select_dtypes("number").'
         )
-    single = kinds and all(kind == numpy.float32 for kind in kinds)
+    single = kinds and all(kind.kind == "f" and kind.itemsize == 4 for kind in kinds)
     floating = numpy.dtype("float32" if single else "float64")
     array = x.to_numpy(dtype=floating, na_value=numpy.nan)
     about = {"name": x.name} if x.ndim == 1 else {"columns": x.columns}
