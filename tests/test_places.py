@@ -51,7 +51,7 @@ CHANGES: dict[str, Callable[[Small], object]] = {
     "a buffer with other memory": lambda model: setattr(model.norm.running_mean, "data", torch.zeros(6)),
     "a parameter replaced": lambda model: setattr(model.first, "weight", nn.Parameter(model.first.weight.detach())),
     "a parameter removed": lambda model: delattr(model.first, "bias"),
-    "the last parameter removed": lambda model: delattr(model.tied, "weight"),
+    "the last entry removed": lambda model: delattr(model.tied, "bias"),
     "a parameter added at the end": lambda model: model.tied.register_parameter("late", nn.Parameter(torch.zeros(2))),
     "a parameter set to None": lambda model: model.first.register_parameter("bias", None),
     "a parameter added": lambda model: model.register_parameter("late", nn.Parameter(torch.zeros(2))),

@@ -39,7 +39,6 @@ class NativeLerp:
         self.table = _table(self.values, chosen, [streams[n] for n in mine], guard)
         self.noted = [average for several in chosen for average in several]
         self.large = sum(value.numel() for value in self.values) * len(averages) >= LARGE
-        self.versioned = [average for average in self.noted if not average.is_inference()]
         self.rest = foreach.lerp(
             [values[n] for n in others],
             [[several[n] for n in others] for several in averages],
@@ -56,7 +55,7 @@ class NativeLerp:
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         threads = torch.get_num_threads() if self.large else 1
         # Autograd refuses to go back through what was overwritten meanwhile; only torch's own operations tell it.
-        increment_version(self.versioned)
+        increment_version(self.noted)
         self.left_out += _native.lerp(self.table, coefficients, words, threads)
         if not self.free:
             self.rest(coefficients, words)
