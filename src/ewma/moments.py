@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
 from ewma import columns, kernels
-from ewma.arrays import Array, before, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.arrays import Array, before, empty, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.profiles import Exponential
 from ewma.weighting import Rule, Terms, Weights, part_of
 
@@ -43,6 +43,14 @@ def scan(u: Array, lost: float | Array, initial: Array | float, kept: Array | No
     out = module_of(u).empty_like(u)
     kernels.scan(u, lost, initial, out, kept)
     return out
+
+
+class Stretch(NamedTuple):
+    """Steps that lose the same; and what each value is of all so far, if it differs as a NumPy array."""
+
+    part: slice
+    lost: float
+    share: Any
 
 
 class Chunk(NamedTuple):
@@ -139,26 +147,44 @@ class Moments:
             x: of shape (outer, n, inner), of real numbers, time in the middle.
             out: of the same shape, sharing no memory with x.
         """
-        kernel = kernels.compiled()
-        outer, n, inner = x.shape
-        if kernel is None or not isinstance(self.weight, float) or (not self.rule.debias and self.weight not in (0, 1)):
+        kernel, stretches = kernels.compiled(), self._stretches(x)
+        if kernel is None or stretches is None:
             return False
-        terms, weight = self.rule.terms(x, self.time, None, 0, n), self.weight
-        if not terms.constant:
-            return False
-        base, sums = numpy.zeros((2, outer, 1, inner))
+        base, sums = numpy.zeros((2, x.shape[0], 1, x.shape[2]))
         for mean in self.means:
             base[...] = mean
-        begin, settled = 0, max(columns.settled(terms.lost), LEAST)
-        while begin < n:
-            steps = min(n - begin, MOST, settled - begin) if begin < settled else n - begin
-            share, weight = self.rule.shares(terms, steps, weight, base)
-            part = slice(begin, begin + steps)
-            fresh = begin == 0 and not self.weight
-            if not kernel.mean(x[:, part], out[:, part], base, sums, terms.lost, 1.0, share, fresh):
+        for part, lost, share in stretches:
+            fresh = part.start == 0 and not self.weight
+            if not kernel.mean(x[:, part], out[:, part], base, sums, lost, 1.0, share, fresh):
                 return False
-            begin += steps
         return True
+
+    def smooth_remembering(self, x: Any) -> Any:
+        """`smooth` as a new tensor that autograd can go back through to x; None where this cannot be."""
+        if kernels.compiled() is None or (stretches := self._stretches(x)) is None:
+            return None
+        if not self.rule.debias and self.weight == 0.0:  # the first value weighs more than its step says
+            return None
+        out = empty(x, x.dtype)
+        if not self.smooth(x, out):
+            return None
+        from ewma.kernels import differentiable
+
+        return differentiable.remembering(x, out, list(stretches))
+
+    def _stretches(self, x: Array) -> Iterator[Stretch] | None:
+        """Whole series cut where what a value is of all so far no longer changes; None where steps are not alike."""
+        terms, n = self.rule.terms(x, self.time, None, 0, x.shape[1]), x.shape[1]
+        simple = terms.constant and isinstance(self.weight, float) and (self.rule.debias or self.weight in (0.0, 1.0))
+        return self._cut(terms, n) if simple else None
+
+    def _cut(self, terms: Terms, n: int) -> Iterator[Stretch]:
+        weight, begin, settled = self.weight, 0, max(columns.settled(terms.lost), LEAST)
+        while begin < n:
+            steps = int(min(n - begin, MOST, settled - begin)) if begin < settled else n - begin
+            share, weight = self.rule.shares(terms, steps, weight, numpy.zeros(1))
+            yield Stretch(slice(begin, begin + steps), terms.lost, share)
+            begin += steps
 
     def reshape(self, outer: int, inner: int) -> None:
         """Look at the same series as outer times inner of them."""
