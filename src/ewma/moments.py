@@ -157,6 +157,9 @@ class Moments:
             fresh = part.start == 0 and not self.weight
             if not kernel.mean(x[:, part], out[:, part], base, sums, lost, 1.0, share, fresh):
                 return False
+            # From here on relative to the mean so far: the first value may have been a far one.
+            base += sums * (share if isinstance(share, float) else share[0, -1, 0])
+            sums[...] = 0.0
         return True
 
     def smooth_remembering(self, x: Any) -> Any:
