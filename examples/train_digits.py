@@ -114,19 +114,11 @@ def verdict(other: str, curves: dict[str, np.ndarray]) -> str:
     return f"- {other}: {differences.mean():+.2f} points, better with {better} of {seeds} seeds: {told}"
 
 
-def smoothed(values: list[float], half_life: float) -> list[float]:
-    ema, means = ewma.EMA(half_life=half_life), []
-    for value in values:
-        ema.update(value)
-        means.append(ema.get())
-    return means
-
-
 def draw(path: Path, losses: list[float], curves: dict[str, np.ndarray], labels: str) -> None:
     figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(losses, color="tab:blue", alpha=0.35, linewidth=0.8, label="raw")
-    left.plot(smoothed(losses, half_life=20), color="tab:blue", linewidth=2, label="smoothed, half-life 20 steps")
+    left.plot(ewma.smooth(losses, half_life=20), color="tab:blue", linewidth=2, label="smoothed, half-life 20 steps")
     left.set(title=f"Training loss with {labels}, first seed", xlabel="step", ylabel="cross-entropy (nats)")
     for name, color in {AVERAGED: "tab:red", COSINE: "tab:gray", RAW: "tab:blue"}.items():
         epochs = range(1, curves[name].shape[1] + 1)

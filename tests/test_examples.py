@@ -91,3 +91,16 @@ def test_no_seeds_is_an_error_before_anything_is_written(example: ModuleType, tm
         example.main(["--seeds", "0", "--out", str(tmp_path / "new")])
     assert "must be 1 or more" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_the_series_example_prints_the_distances_and_draws_a_picture(tmp_path: Path, capsys):
+    spec = importlib.util.spec_from_file_location("smooth_series", EXAMPLE.with_name("smooth_series.py"))
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    picture = tmp_path / "made" / "series.png"
+    example.main(["--steps", "120", "--out", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[-1].strip() == "NaN from step 40 on"
+    one_sided, two_sided = (float(line[28:].split()[0]) for line in lines[1:3])
+    assert two_sided < one_sided
+    assert picture.read_bytes().startswith(b"\x89PNG")

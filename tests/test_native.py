@@ -39,9 +39,9 @@ each_way = pytest.mark.parametrize("way", WAYS, ids=str)
 
 @pytest.fixture(params=_native.instruction_sets())
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    _native.use(request.param)
+    before = _native.use(request.param)
     yield request.param
-    _native.use(_native.instruction_sets()[0])
+    _native.use(before)
 
 
 @pytest.fixture
@@ -114,6 +114,12 @@ def test_every_instruction_set_gives_the_same_bits(
         expected = updated(value, average, c, drawn, guard)
         _native.use(instructions)
         assert same(got, expected)
+
+
+def test_the_best_instruction_set_is_used() -> None:
+    before = _native.use("baseline")
+    _native.use(before)
+    assert before == _native.instruction_sets()[0]
 
 
 @pytest.mark.usefixtures("instructions")
@@ -209,18 +215,34 @@ def test_threads_give_the_bits_of_one_thread(way: Any, threads: Callable[[int], 
 
 def test_several_python_threads_average_at_once(threads: Callable[[int], None]) -> None:
     threads(3)
-    values = [normal(LARGE, seed=i) for i in range(4)]
+    value, parties = normal(LARGE), 6
+    expected = torch.zeros(LARGE)
+    lerp = native.lerp([value], [[expected]], [11], True)
+    for count in range(20):
+        lerp([0.3], [word(0, count)])
+    together = threading.Barrier(parties)
 
-    def average(value: Tensor) -> Tensor:
+    def average(_: int) -> bool:
         average = torch.zeros(LARGE)
         lerp = native.lerp([value], [[average]], [11], True)
-        for count in range(5):
+        for count in range(20):
+            together.wait(60)
             lerp([0.3], [word(0, count)])
-        return average
+        return torch.equal(average, expected)
 
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(average, values))
-    assert all(map(torch.equal, together, map(average, values)))
+    with ThreadPoolExecutor(parties) as pool:
+        assert all(pool.map(average, range(parties)))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_only_the_elements_asked_for_are_averaged(number: int) -> None:
+    sizes = [100, 300_000, 7, 200_000]
+    values, averages = [torch.ones(size) for size in sizes], [torch.zeros(size) for size in sizes]
+    lerp = native.lerp(values, [averages], range(4), True)
+    assert _native.lerp(lerp.table, [0.5], [None], number, 50, 400_000) == 0
+    everything = torch.cat(averages)
+    assert (everything[50:400_000] == 0.5).all()
+    assert everything.count_nonzero() == 400_000 - 50
 
 
 def test_other_python_threads_run_meanwhile() -> None:

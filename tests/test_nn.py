@@ -1,4 +1,4 @@
-"""nn.EMA: the running mean inside a network, in buffers."""
+"""nn.EMA, the running mean inside a network, in buffers; nn.Smooth, along time with a learned half-life."""
 
 from __future__ import annotations
 
@@ -307,7 +307,9 @@ def test_construction_errors(positional: tuple, named: dict, text: str):
 
 
 def test_a_name_of_torchs_is_pointed_there():
-    with pytest.raises(AttributeError, match=r"'ewma\.nn' has no attribute 'Linear'; it has EMA\. torch's own are in"):
+    with pytest.raises(
+        AttributeError, match=r"'ewma\.nn' has no attribute 'Linear'; it has EMA and Smooth\. torch's own are in"
+    ):
         _ = ewma.nn.Linear
 
 
@@ -493,3 +495,106 @@ def test_all_reduce_keeps_the_mean_over_ranks(tmp_path):
 
 def test_all_reduce_without_a_process_group_is_the_plain_mean():
     identical(run(EMA(3, half_life=3, all_reduce=True), values(3)), run(EMA(3, half_life=3), values(3)))
+
+
+# ---- Smooth
+
+
+def plain(x: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
+    """mean = mean + c * (x - mean), step by step, along dimension 1."""
+    decay, mean, weight, means = 2.0 ** (-1.0 / half_life.double()), 0.0, 0.0, []
+    for step in x.double().unbind(1):
+        weight = decay * weight + 1.0
+        mean = mean + (step - mean) / weight
+        means.append(mean)
+    return torch.stack(means, 1)
+
+
+def test_smooth_is_the_recurrence_for_each_channel():
+    x = torch.randn(3, 50, 2, dtype=torch.float64)
+    smooth = ewma.nn.Smooth(2, [1.5, 20.0])
+    torch.testing.assert_close(smooth(x), plain(x, smooth.half_life), rtol=1e-12, atol=1e-12)
+
+
+def test_smooth_without_debiasing_starts_at_the_first_value():
+    x = torch.randn(1, 30, 1, dtype=torch.float64)
+    smooth, mean = ewma.nn.Smooth(1, 3.0, debias=False), x[:, 0]
+    alpha = 1.0 - 2.0 ** (-1.0 / smooth.half_life.double())
+    for step, y in zip(x.unbind(1), smooth(x).unbind(1), strict=True):
+        mean = mean + alpha * (step - mean)
+        torch.testing.assert_close(y, mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -2])
+def test_smooth_goes_along_any_dimension_but_the_channels(dim: int):
+    x = torch.randn(4, 5, 6, 2, dtype=torch.float64)
+    smooth = ewma.nn.Smooth(2, [1.0, 9.0], dim=dim)
+    right = plain(x.movedim(dim, 1), smooth.half_life).movedim(1, dim)
+    torch.testing.assert_close(smooth(x), right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("cuts", [(1, 1, 28), (10, 20), (29, 1)])
+def test_decoding_piece_by_piece_is_the_whole_with_its_gradients(debias: bool, cuts: tuple[int, ...]):
+    x = torch.randn(2, 30, 3, dtype=torch.float64, requires_grad=True)
+    smooth, state, pieces = ewma.nn.Smooth(3, [1.0, 5.0, 40.0], debias=debias), None, []
+    weights = torch.randn_like(x)
+    whole = torch.autograd.grad((smooth(x) * weights).sum(), [x, smooth.log_half_life])
+    for piece in x.split(cuts, 1):
+        y, state = smooth.decode(piece, state)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 1), smooth(x), rtol=1e-13, atol=1e-13)
+    pieced = torch.autograd.grad((torch.cat(pieces, 1) * weights).sum(), [x, smooth.log_half_life])
+    torch.testing.assert_close(pieced, whole, rtol=1e-6, atol=1e-9)
+
+
+def test_smooth_learns_the_half_lives_that_made_its_targets():
+    x, right = torch.randn(4, 300, 2), torch.tensor([3.0, 30.0])
+    targets, smooth = plain(x, right).float(), ewma.nn.Smooth(2, 8.0)
+    optimizer = torch.optim.Adam(smooth.parameters(), lr=0.15)
+    for _ in range(110):
+        optimizer.zero_grad()
+        (smooth(x) - targets).pow(2).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(smooth.half_life.float().detach(), right, rtol=0.02, atol=0)
+
+
+def test_smooth_leaves_out_what_is_missing_and_lets_no_gradient_reach_it():
+    x = torch.tensor([[[1.0], [float("nan")], [3.0]]], requires_grad=True)
+    y = ewma.nn.Smooth(1, 1.0)(x)
+    y.sum().backward()
+    assert y.flatten().tolist() == pytest.approx([1.0, 1.0, 7 / 3])
+    assert x.grad.flatten().tolist() == pytest.approx([2 + 1 / 3, 0.0, 2 / 3])
+
+
+def test_smooth_gives_the_dtype_it_was_given_and_may_be_kept_from_learning():
+    smooth = ewma.nn.Smooth(2, 5.0, learn=False)
+    assert smooth(torch.randn(1, 4, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert not list(smooth.parameters())
+    assert list(smooth.state_dict()) == ["log_half_life"]
+    assert repr(smooth) == "Smooth(channels=2, dim=-2, debias=True)"
+
+
+@pytest.mark.parametrize(
+    ("half_life", "text"),
+    [
+        ([1.0, 2.0], r"expected one half-life, or one for each of 3 channels; got shape \[2\]"),
+        (0.0, "half-lives must be finite and above 0, in steps; got 0.0"),
+        ([1.0, float("nan"), 2.0], "must be finite and above 0"),
+    ],
+)
+def test_smooth_refuses_half_lives_that_mean_nothing(half_life, text: str):
+    with pytest.raises(ValueError, match=text):
+        ewma.nn.Smooth(3, half_life)
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((2, 5, 4), r"expected 3 channels along the last dimension and time along dim=-2; got shape \[2, 5, 4\]"),
+        ((2, 0, 3), "expected one step or more along dim=-2; got none"),
+    ],
+)
+def test_smooth_refuses_other_shapes(shape: tuple[int, ...], text: str):
+    with pytest.raises(ValueError, match=text):
+        ewma.nn.Smooth(3, 2.0)(torch.randn(shape))

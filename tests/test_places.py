@@ -51,6 +51,8 @@ CHANGES: dict[str, Callable[[Small], object]] = {
     "a buffer with other memory": lambda model: setattr(model.norm.running_mean, "data", torch.zeros(6)),
     "a parameter replaced": lambda model: setattr(model.first, "weight", nn.Parameter(model.first.weight.detach())),
     "a parameter removed": lambda model: delattr(model.first, "bias"),
+    "the last parameter removed": lambda model: delattr(model.tied, "weight"),
+    "a parameter added at the end": lambda model: model.tied.register_parameter("late", nn.Parameter(torch.zeros(2))),
     "a parameter set to None": lambda model: model.first.register_parameter("bias", None),
     "a parameter added": lambda model: model.register_parameter("late", nn.Parameter(torch.zeros(2))),
     "a buffer added": lambda model: model.register_buffer("late", torch.zeros(2)),
@@ -99,6 +101,14 @@ def test_what_torch_lends_to_nobody_is_watched_all_the_same() -> None:
     moved = watch(nn.Module(), [tensor])
     assert not moved()
     tensor.untyped_storage().resize_(1 << 20)
+    assert moved()
+
+
+@pytest.mark.skipif(bool(NATIVE_MISSING), reason=str(NATIVE_MISSING))
+def test_what_torch_no_longer_lends_has_moved() -> None:
+    tensor = torch.ones(3)
+    moved = watch(nn.Module(), [tensor])
+    torch.utils.swap_tensors(tensor, torch.ones(3).to_sparse())
     assert moved()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,8 +34,28 @@ def test_the_example_of_all_three_jobs() -> None:
     assert len([line for line in BLOCKS[0].splitlines() if line]) == 15
 
 
+def test_the_series() -> None:
+    exec(BLOCKS[1], {"ewma": ewma, "losses": [3.0, 2.0, 2.5]})
+
+
 def test_the_profiles() -> None:
-    exec(BLOCKS[1], {"ewma": ewma})
+    exec(BLOCKS[2], {"ewma": ewma})
+
+
+def test_the_page_on_series(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = np.random.default_rng(0).normal(size=60)
+    names = {"ewma": ewma, "torch": torch, "datetime": datetime, "losses": values, "learning_rates": values**2}
+    names |= {"stamps": [datetime.datetime(2026, 1, 1, 0, minute) for minute in range(60)], "samples_seen": range(60)}
+    names |= {"chunks": np.split(values, 3), "value": 1.0, "next_value": 2.0, "later": ewma.EMA(half_life=100)}
+    names |= {"x": torch.randn(2, 9, 64), "next_steps": torch.randn(2, 1, 64), "state": None}
+    torch.save(ewma.EMA(half_life=100).state_dict(), "ema.pt")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/series.md").read_text(), re.DOTALL):
+        exec(block, names)
+    line = np.arange(400.0)  # DEMA and TEMA follow a line without lag, once the start is forgotten
+    for follow in (names["dema"], names["tema"]):
+        assert follow(line, span=9)[-1] == pytest.approx(399.0, abs=1e-9)
+    assert names["macd"](line)[0][-1] == pytest.approx((26 - 12) / 2)
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])

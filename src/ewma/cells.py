@@ -85,6 +85,8 @@ class Number:
 
     def extend(self, series: Series, elapsed: Any, timed: bool) -> Array:
         """Take in a chunk; its running mean."""
+        if not series.shape[1]:
+            return series.array.astype(series.floating)
         whole = Arrays(self.terms, "numpy", VARIANCE)
         whole.begin(series.array[:1], ())
         moments, mine = whole.moments, self.moments
@@ -110,6 +112,15 @@ class Number:
 
     def second(self, unbiased: bool) -> float:
         return self.moments.variance(unbiased) if self.shown else math.nan
+
+    def deviation(self, unbiased: bool) -> float:
+        return math.sqrt(self.second(unbiased))
+
+    def score(self, x: Any, unbiased: bool) -> float:
+        distance, deviation = float(x) - self.get(), self.deviation(unbiased)
+        if deviation:
+            return distance / deviation
+        return math.copysign(math.inf, distance) if distance else math.nan
 
     def merge(self, later: Any) -> None:
         self.moments.merge(later.moments)
@@ -221,6 +232,17 @@ class Arrays:
 
         return self._give(correlated(self.moments.spreads))
 
+    def deviation(self, unbiased: bool) -> Array:
+        from ewma.moments import root
+
+        return self._give(root(self.moments.second((0, 0), unbiased)))
+
+    def score(self, x: Array, unbiased: bool) -> Array:
+        from ewma.sweep import quietly
+
+        with quietly(x):
+            return module_of(x).asarray((x - self.get()) / self.deviation(unbiased))
+
     def merge(self, later: Any) -> None:
         from ewma.sweep import quietly
 
@@ -249,6 +271,7 @@ class Arrays:
         )
         self.moments.spreads = dict(zip(self.moments.wanted, spreads, strict=True))
         self.device = getattr(self.moments.means[0], "device", None)
+        self.moments.begun = self.terms.initial is not None
 
     def _together(self, parts: tuple[Array, ...]) -> Array:
         return parts[0] if len(parts) == 1 else module_of(parts[0]).concatenate(parts, 2)

@@ -50,7 +50,11 @@ def change(profile: Profile, time: float, elapsed: Vector) -> tuple[Vector, ...]
     passed = elapsed.view(Column)
     with numpy.errstate(all="ignore"):
         terms = profile.change(time + passed.cumsum(), passed)
-    return tuple(numpy.array(numpy.broadcast_to(term, elapsed.shape), dtype=float, subok=False) for term in terms)
+    # Where no time passes nothing is lost; an infinite rate would say NaN.
+    return tuple(
+        numpy.where(elapsed > 0.0, term, nothing).view(numpy.ndarray)
+        for term, nothing in zip(terms, (1.0, 0.0, 0.0), strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,7 +4,7 @@
     variance[t] = variance[t-1] + c[t] * ((1 - c[t]) * (x[t] - mean[t-1]) ** 2 - variance[t-1])
 
 Both are the same recurrence, and so are the weights that c comes from: `scan` does all of them. It is carried relative
-to the mean so far (at the start, to the first value), which keeps constants constant and loses nothing to an offset.
+to one of the values, which keeps constants constant and loses nothing to an offset.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def scan(u: Array, lost: float | Array, initial: Array | float, kept: Array | No
     if needs_gradient(u, lost, initial):
         from ewma.kernels import differentiable
 
-        return differentiable.scan(u, lost, initial)
+        return differentiable.scan(u, lost, initial, kept)
     out = module_of(u).empty_like(u)
     kernels.scan(u, lost, initial, out, kept)
     return out
@@ -71,8 +71,9 @@ class Chunk(NamedTuple):
 
 def debiased(biased: Array, total: Any, pairs: Any) -> Array:
     """`biased * total ** 2 / pairs`; NaN where the pairs have no weight."""
-    module = module_of(biased)
-    some = pairs > 0.0
+    if isinstance(pairs, float):
+        return biased * (total * total / pairs if pairs > 0.0 else math.nan)
+    module, some = module_of(biased), pairs > 0.0
     return module.where(some, biased * (total * total / module.where(some, pairs, 1.0)), math.nan)
 
 
@@ -116,6 +117,7 @@ class Moments:
     pairs: Any = 0.0
     count: Any = 0.0
     seen: Any = 0.0
+    begun: bool = False
 
     NUMBERS = ("weight", "pairs", "count", "seen")
 
@@ -131,7 +133,7 @@ class Moments:
         terms = self.rule.terms(xs[0], self.time, elapsed, begin, begin + xs[0].shape[1])
         alike = terms.constant and isinstance(self.weight, float) and all(map(may_ask, xs))
         # Not debiased, the first value weighs more than its step says: autograd has to see that.
-        begun = alike and (self.rule.debias or self.weight == 1.0 or not needs_gradient(*xs))
+        begun = alike and (self.rule.debias or self.weight == 1.0 or not self._learns(xs))
         chunk = self._alike(xs, terms) if begun else None
         if chunk is None:
             chunk = self._any(xs, terms, elapsed)
@@ -147,24 +149,22 @@ class Moments:
             x: of shape (outer, n, inner), of real numbers, time in the middle.
             out: of the same shape, sharing no memory with x.
         """
-        kernel, stretches = kernels.compiled(), self._stretches(x)
-        if kernel is None or stretches is None:
+        kernel, terms = kernels.compiled(), self._equal_terms(x)
+        if kernel is None or terms is None:
             return False
-        base, sums = numpy.zeros((2, x.shape[0], 1, x.shape[2]))
-        for mean in self.means:
-            base[...] = mean
-        for part, lost, share in stretches:
-            fresh = part.start == 0 and not self.weight
-            if not kernel.mean(x[:, part], out[:, part], base, sums, lost, 1.0, share, fresh):
+        base, start = (kernel.lend(part) for part in (_base(x), self.means[0] if self.means else wide(x[:, :1])))
+        if base is None or start is None:
+            return False
+        base = numpy.array(base, order="C")
+        sums = self._held(terms) * (start - base)
+        for part, lost, share in self._cut(terms, x.shape[1]):
+            if not kernel.mean(x[:, part], out[:, part], base, sums, lost, 1.0, share, False):
                 return False
-            # From here on relative to the mean so far: the first value may have been a far one.
-            base += sums * (share if isinstance(share, float) else share[0, -1, 0])
-            sums[...] = 0.0
         return True
 
     def smooth_remembering(self, x: Any) -> Any:
         """`smooth` as a new tensor that autograd can go back through to x; None where this cannot be."""
-        if kernels.compiled() is None or (stretches := self._stretches(x)) is None:
+        if kernels.compiled() is None or (terms := self._equal_terms(x)) is None:
             return None
         if not self.rule.debias and self.weight == 0.0:  # the first value weighs more than its step says
             return None
@@ -173,15 +173,17 @@ class Moments:
             return None
         from ewma.kernels import differentiable
 
-        return differentiable.remembering(x, out, list(stretches))
+        return differentiable.remembering(x, out, list(self._cut(terms, x.shape[1])))
 
-    def _stretches(self, x: Array) -> Iterator[Stretch] | None:
-        """Whole series cut where what a value is of all so far no longer changes; None where steps are not alike."""
-        terms, n = self.rule.terms(x, self.time, None, 0, x.shape[1]), x.shape[1]
-        simple = terms.constant and isinstance(self.weight, float) and (self.rule.debias or self.weight in (0.0, 1.0))
-        return self._cut(terms, n) if simple else None
+    def _equal_terms(self, x: Array) -> Terms | None:
+        """The terms of whole series whose steps are alike; else None."""
+        if not (x.shape[1] and isinstance(self.weight, float) and (self.rule.debias or self.weight in (0.0, 1.0))):
+            return None
+        terms = self.rule.terms(x, self.time, None, 0, x.shape[1])
+        return terms if terms.constant else None
 
     def _cut(self, terms: Terms, n: int) -> Iterator[Stretch]:
+        """Whole series, cut where what a value is of all so far no longer changes."""
         weight, begin, settled = self.weight, 0, max(columns.settled(terms.lost), LEAST)
         while begin < n:
             steps = int(min(n - begin, MOST, settled - begin)) if begin < settled else n - begin
@@ -242,7 +244,7 @@ class Moments:
 
     def begin_at(self, means: tuple[Array, ...]) -> None:
         """Start from means that have the weight of the whole past; of shape (outer, 1, inner)."""
-        self.means, self.weight = means, 1.0
+        self.means, self.weight, self.begun = means, 1.0, True
         self.spreads = dict.fromkeys(self.wanted, 0.0 * means[0])
 
     @property
@@ -254,27 +256,38 @@ class Moments:
         """The variance or covariance of all that was taken in."""
         return debiased(self.spreads[pair], self.total, self.pairs) if unbiased else self.spreads[pair]
 
+    def _learns(self, xs: tuple[Array, ...]) -> bool:
+        """Whether autograd has to see what happens."""
+        return needs_gradient(*xs, *self.means, self.weight, self.rule.alpha)
+
+    def _held(self, terms: Terms) -> Any:
+        """What a mean that is there already weighs, in steps."""
+        return (self.weight if self.rule.debias else 1.0) / terms.gain
+
     def _alike(self, xs: tuple[Array, ...], terms: Terms) -> Chunk | None:
         """All steps alike and every value finite: sums under one constant coefficient, divided by their weights.
 
-        None where a value turns out to be missing or a sum to overflow: nothing after it is finite then.
+        None where a value turns out to be missing, or a sum to overflow.
         """
         if not self.rule.debias and self.weight not in (0.0, 1.0):
             return None
-        n, in_place = xs[0].shape[1], not needs_gradient(*xs)
+        n, in_place = xs[0].shape[1], not self._learns(xs)
         weights = self.rule.constant_weights(terms, n, self.weight, xs[0], bool(self.wanted))
         times: Operation = operator.imul if in_place else operator.mul
         plus: Operation = operator.iadd if in_place else operator.add
-        held = self.weight / terms.gain
+        held = self._held(terms)
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
+        bases = tuple(map(_base, xs))
         if in_place and not self.wanted:
-            made = [_mean_of(x, start, terms.lost, weights.share) for x, start in zip(xs, starts, strict=True)]
+            made = [
+                _mean_of(x, base, held * (start - base), terms.lost, weights.share)
+                for x, base, start in zip(xs, bases, starts, strict=True)
+            ]
             if any(mean is False for mean in made):
                 return None
             if not any(mean is None for mean in made):
                 self.seen = self.seen + float(n)
                 return self._keep(tuple(made), {}, weights, self.count + like(xs[0], columns.steps(n)))
-        bases = tuple(map(_fixed, starts))
         rises, spreads = [], {}
         for x, base, start in zip(xs, bases, starts, strict=True):
             rises.append(times(scan(x - base, terms.lost, held * (start - base)), weights.share))
@@ -282,7 +295,7 @@ class Moments:
             product = math.prod(xs[k] - bases[k] - before(rises[k], starts[k] - bases[k]) for k in pair)
             spread = scan(times(product, weights.kept), terms.lost, held * self.spreads.get(pair, 0.0))
             spreads[pair] = times(spread, weights.share)
-        if not all(bool(module_of(x).isfinite(x[:, -1]).all()) for x in (*rises, *spreads.values())):
+        if not all(math.isfinite(_fixed(x).sum()) for x in (*rises, *spreads.values())):
             return None
         means = tuple(plus(rise, base) for base, rise in zip(bases, rises, strict=True))
         self.seen = self.seen + float(n)
@@ -293,7 +306,7 @@ class Moments:
         module = module_of(xs[0])
         finite = functools.reduce(lambda one, other: one & other, map(module.isfinite, xs))
         clean = tuple(module.where(finite, wide(x), 0.0) for x in xs)
-        if all(map(may_ask, xs)) and not needs_gradient(*xs):
+        if all(map(may_ask, xs)) and not self._learns(xs):
             scale = _unit([*clean, *self.means], squared=bool(self.wanted))
             if scale != 1.0:
                 return self._scaled(xs, terms, elapsed, scale)
@@ -303,7 +316,7 @@ class Moments:
         weight = self.weight if hasattr(self.weight, "shape") else full(xs[0], (1, 1, 1), self.weight)
         weights = self.rule.weights(terms, observed, weight, scan)
         starts = self._starts(clean, finite)
-        bases = tuple(map(_fixed, starts))
+        bases = tuple(_base(module.where(finite, x, start)) for x, start in zip(clean, starts, strict=True))
         rises, spreads = [], {}
         offsets = [module.where(finite, x - base, 0.0) for x, base in zip(clean, bases, strict=True)]
         for offset, base, start in zip(offsets, bases, starts, strict=True):
@@ -329,6 +342,8 @@ class Moments:
         values = tuple(module.where(first, x, 0.0).sum(1)[:, None] for x in clean)
         if not self.means:
             return values
+        if self.begun:
+            return self.means
         unseen = (wide(finite[:, :1]) * 0.0 + self.count) == 0.0
         return tuple(
             module.where(unseen & (mean == mean), value, mean)  # a NaN that propagates stays
@@ -349,21 +364,26 @@ class Moments:
         pairs = count  # whatever, where none are wanted
         if self.wanted:
             pairs = scan(weights.pairs_gain, weights.pairs_lost, self.pairs, weights.pairs_kept)
-        self.means = tuple(mean[:, -1:] for mean in means)
-        self.spreads = {pair: spread[:, -1:] for pair, spread in spreads.items()}
+        self.means = tuple(map(_end, means))
+        self.spreads = {pair: _end(spread) for pair, spread in spreads.items()}
         self.weight, self.pairs, self.count = map(_last, (weights.weight, pairs, count))
         return Chunk(means, spreads, weights.total, pairs, count)
 
 
-def _mean_of(x: Array, start: Array, lost: float, share: float | Array) -> Any:
-    """The running mean from `start` on, in one compiled pass; False where it is not finite, None where none can be."""
+def _end(x: Array) -> Array:
+    """What holds after the last step, in memory of its own: not all that came before is to be kept for it."""
+    return x if x.shape[1] == 1 else module_of(x).concatenate((x[:, -1:],), 1)
+
+
+def _mean_of(x: Array, base: Array, sums: Array, lost: float, share: float | Array) -> Any:
+    """The running mean in one compiled pass; False where it is not finite, None where none can be."""
     kernel = kernels.compiled()
-    if kernel is None or (base := kernel.lend(start)) is None:
+    if kernel is None or (lent := kernel.lend(base)) is None:
         return None
     out = module_of(x).empty_like(x, dtype=module_of(x).float64)
-    base = numpy.array(base, order="C")
     share = share if isinstance(share, float) else kernel.lend(share).reshape(-1)
-    finite = kernel.mean(x, out, base, numpy.zeros_like(base), lost, 1.0, share, False)
+    base, sums = (numpy.array(part, order="C") for part in (lent, kernel.lend(sums)))
+    finite = kernel.mean(x, out, base, sums, lost, 1.0, share, False)
     return out if finite else finite
 
 
@@ -371,14 +391,35 @@ def _last(x: Any) -> Any:
     """What holds after the last step, as a float where it is one number on the host."""
     if isinstance(x, float):
         return x
-    x = x[:, -1:]
+    x = _end(x)
     alone = tuple(x.shape) == (1, 1, 1) and may_ask(x) and not needs_gradient(x)
     return float(x[0, 0, 0]) if alone else x
 
 
 def _fixed(x: Array) -> Array:
-    """x without its gradient: what the recurrence is carried relative to makes no difference to the result."""
+    """x without its gradient."""
     return x.detach() if is_tensor(x) else x
+
+
+def _base(x: Array) -> Array:
+    """What the recurrence is carried relative to, for each series: the smallest of a few values of one size.
+
+    A constant series comes to 0 then, and a large offset to what it varies by, without rounding: no value is more than
+    twice the base. Otherwise the base is 0, since a single spike would take the digits of all the values that follow.
+    To the result the base makes no difference, so it has no gradient.
+    """
+    x, module = _fixed(x), module_of(x)
+    if x.shape[0] == x.shape[2] == 1 and not is_tensor(x):  # the same, without a dozen array operations
+        few = x[0, :: max(x.shape[1] // 16, 1), 0].tolist()
+        low, high = float(min(few)), float(max(few))
+        return numpy.full(
+            (1, 1, 1), low if 0.0 < high <= 2.0 * low else high if 2.0 * high <= low <= high < 0.0 else 0.0
+        )
+    some = wide(x[:, :: max(x.shape[1] // 16, 1)])
+    low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
+    zero = 0.0 * low
+    above, below = (low > 0.0) & (high <= 2.0 * low), (high < 0.0) & (low >= 2.0 * high)
+    return module.where(above, low, module.where(below, high, zero))[:, None]
 
 
 def _unit(arrays: list[Array], squared: bool) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ewma import profiles
+from ewma.moments import Moments
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence, check_elapsed
+from ewma.weighting import Rule
 
 
 class EMA(nn.Module):
@@ -128,5 +130,109 @@ class EMA(nn.Module):
         return self
 
 
+class Decoded(NamedTuple):
+    """Where `Smooth.decode` stands: the mean so far and its weight, of x's shape without time."""
+
+    mean: Tensor
+    weight: Tensor
+
+
+class Smooth(nn.Module):
+    """Running mean along time, whose half-life is learned: one for each channel, in steps.
+
+        mean[t] = mean[t-1] + c[t] * (x[t] - mean[t-1])         c[t] = 1 / weight[t]
+        weight[t] = decay * weight[t-1] + 1                     decay = 2 ** (-1 / half_life)
+
+    Args:
+        channels: how many channels x has, along its last dimension.
+        half_life: where learning starts: a number of steps, or one for each channel. Spread over the scales that may
+            matter, for example `torch.logspace(0, 3, channels)`.
+        dim: of time in x.
+        learn: False keeps the half-lives as they are, as a buffer.
+        debias: True is the true weighted mean of what was seen, False starts at the first value.
+
+    What is learned is `log_half_life`, so a half-life stays above 0 and moves by shares of itself. The arithmetic is in
+    float64; the result has x's shape and dtype. Causal: no output depends on a later input. NaN elements are left out.
+
+    Beside it: `nn.EMA` averages over the steps of training and learns nothing; a one-pole filter of state-space models
+    (Mega's damped EMA, ETSformer) is this with debias=False and a projection around it.
+
+    >>> smooth = Smooth(channels=2, half_life=[1.0, 100.0])
+    >>> smooth(torch.tensor([[[1.0, 1.0], [4.0, 4.0]]])).detach()
+    tensor([[[1.0000, 1.0000],
+             [3.0000, 2.5052]]])
+    """
+
+    log_half_life: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        half_life: float | Sequence[float] | Tensor,
+        *,
+        dim: int = -2,
+        learn: bool = True,
+        debias: bool = True,
+    ) -> None:
+        super().__init__()
+        start = torch.as_tensor(half_life, dtype=torch.float32)
+        if start.shape not in ((), (channels,)):
+            raise ValueError(
+                f"nn.Smooth: expected one half-life, or one for each of {channels} channels; got shape "
+                f"{list(start.shape)}"
+            )
+        if not bool(((start > 0) & torch.isfinite(start)).all()):
+            raise ValueError(f"nn.Smooth: half-lives must be finite and above 0, in steps; got {half_life}")
+        self.dim, self.debias = dim, debias
+        logarithm = start.log().expand(channels).clone()
+        if learn:
+            self.log_half_life = nn.Parameter(logarithm)
+        else:
+            self.register_buffer("log_half_life", logarithm)
+
+    @property
+    def half_life(self) -> Tensor:
+        """The half-life of each channel, in steps, as float64."""
+        return self.log_half_life.double().exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(x)[0]
+
+    def decode(self, x: Tensor, state: Decoded | None = None) -> tuple[Tensor, Decoded]:
+        """The same piece by piece: takes the next steps, and where the last piece left off; gives both again.
+
+        >>> smooth, x = Smooth(channels=3, half_life=5), torch.randn(2, 7, 3)
+        >>> first, state = smooth.decode(x[:, :4])
+        >>> second, state = smooth.decode(x[:, 4:], state)
+        >>> torch.allclose(torch.cat((first, second), dim=1), smooth(x))
+        True
+        """
+        dim = self.dim % x.dim()
+        if x.shape[-1] != len(self.log_half_life) or dim == x.dim() - 1:
+            raise ValueError(
+                f"nn.Smooth: expected {len(self.log_half_life)} channels along the last dimension and time along "
+                f"dim={self.dim}; got shape {list(x.shape)}"
+            )
+        if not x.shape[dim]:
+            raise ValueError(f"nn.Smooth: expected one step or more along dim={self.dim}; got none")
+        before, after = x.shape[:dim], x.shape[dim + 1 :]
+        shape = (before.numel(), x.shape[dim], after.numel())
+        alpha = -torch.expm1(-math.log(2.0) / self.half_life)
+        alpha = alpha.expand(1, 1, *after).reshape(1, 1, -1)
+        moments = Moments(Rule(None, self.debias, "value", alpha=alpha))
+        if state is not None:
+            mean, weight = (part.reshape(shape[0], 1, shape[2]) for part in state)
+            moments.means, moments.weight, moments.count = (mean,), weight, (weight > 0.0).double()
+        y = moments.advance((x.reshape(shape),)).means[0]
+        size = (*before, *after)
+        weight = moments.weight.expand(shape[0], 1, shape[2]).reshape(size)
+        return y.reshape(x.shape).to(x.dtype), Decoded(moments.means[0].reshape(size), weight)
+
+    def extra_repr(self) -> str:
+        return f"channels={len(self.log_half_life)}, dim={self.dim}, debias={self.debias}"
+
+
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"module 'ewma.nn' has no attribute {name!r}; it has EMA. torch's own are in torch.nn.")
+    raise AttributeError(
+        f"module 'ewma.nn' has no attribute {name!r}; it has EMA and Smooth. torch's own are in torch.nn."
+    )

@@ -45,7 +45,7 @@ def rule_of(
     """
     if profile is None and times is None and PLAIN.issuperset(map(type, (*knobs.values(), debias, weigh, missing))):
         return _plain(call, debias, weigh, missing, **knobs)
-    dated = times is not None and stamps.dated(times.last)
+    dated = times is not None and times.in_seconds
     knobs = {name: stamps.in_seconds(name, value, dated) for name, value in knobs.items()}
     name = next((name for name in KNOBS if is_array(knobs[name])), None)
     if name is None:

@@ -138,7 +138,7 @@ class EMA:
         for name, chunk in [*chunks.items(), *others.items()]:
             if chunk.shape[1] != n or chunk.array.shape != chunks[name].array.shape:
                 raise ValueError(f"EMA.extend: expected chunks of one length and shape; {name!r} has another")
-        passed, last = (None, self._last) if times is None else stamps(times, n, self._last)
+        passed, last = (None, self._last) if times is None else stamps(times, n, self._last)[:2]
         if times is None and last is not None:
             last = _later(last, float(n))
         cells = {name: self._cell(name, chunk, "EMA.extend") for name, chunk in chunks.items()}
@@ -163,7 +163,7 @@ class EMA:
 
     def std(self, *, unbiased: bool = True) -> Any:
         """The standard deviation, the variance's root."""
-        return self._read("std", lambda cell: cell.second(unbiased) ** 0.5)
+        return self._read("std", lambda cell: cell.deviation(unbiased))
 
     def zscore(self, x: Any, *, unbiased: bool = True) -> Any:
         """How far x lies from the mean of what was seen, in its standard deviations. Ask before `update(x)`."""
@@ -171,11 +171,7 @@ class EMA:
         unknown = [name for name in values if name not in self._cells]
         if unknown:
             raise KeyError(f"EMA.zscore: nothing was seen yet of {', '.join(map(repr, unknown))}; update first")
-        scores = {}
-        for name, value in values.items():
-            cell = self._cell(name, value, "EMA.zscore")
-            mean, std = cell.get(), cell.second(unbiased) ** 0.5
-            scores[name] = (value - mean) / std if not isinstance(cell, Number) else _ratio(float(value) - mean, std)
+        scores = {name: self._cell(name, x, "EMA.zscore").score(x, unbiased) for name, x in values.items()}
         return scores if self._named else scores[""]
 
     def cov(self, *, unbiased: bool = True) -> Any:
@@ -332,12 +328,6 @@ class EMA:
         return results if self._named else results[""]
 
 
-def _ratio(distance: float, std: float) -> float:
-    if std:
-        return distance / std
-    return math.copysign(math.inf, distance) if distance else math.nan
-
-
 def _array(x: Any) -> Any:
     if hasattr(x, "reshape") and hasattr(x, "shape"):
         return x
@@ -347,7 +337,11 @@ def _array(x: Any) -> Any:
 
 
 def _in_seconds(knob: Any) -> Any:
-    return knob.total_seconds() if isinstance(knob, datetime.timedelta) else knob
+    if isinstance(knob, datetime.timedelta):
+        return knob.total_seconds()
+    if getattr(getattr(knob, "dtype", None), "kind", "") == "m":  # NumPy's
+        return float(knob / type(knob)(1, "s"))
+    return knob
 
 
 def _later(stamp: Any, elapsed: float) -> Any:
@@ -358,7 +352,8 @@ def _later(stamp: Any, elapsed: float) -> Any:
         import numpy
 
         return stamp + numpy.timedelta64(round(elapsed * 1e9), "ns")
-    return stamp + elapsed
+    # Nanoseconds since 1970 are too many for a float.
+    return stamp + int(elapsed) if isinstance(stamp, int) and float(elapsed).is_integer() else stamp + elapsed
 
 
 def _plain_stamp(stamp: Any) -> Any:
@@ -366,7 +361,7 @@ def _plain_stamp(stamp: Any) -> Any:
     from ewma.stamps import dated
 
     if not dated(stamp):
-        return float(stamp)
+        return stamp if isinstance(stamp, int) else float(stamp)
     return [stamp.dtype.str, int(stamp.astype("int64"))]
 
 

@@ -18,6 +18,7 @@ class Stamps(NamedTuple):
 
     elapsed: Vector
     last: Any
+    in_seconds: bool = True
 
 
 def stamps(times: Any, n: int, last: Any = None) -> Stamps:
@@ -62,7 +63,7 @@ def stamps(times: Any, n: int, last: Any = None) -> Stamps:
         )
     if last is None:
         elapsed[0] = 1.0
-    return Stamps(elapsed, array[-1])
+    return Stamps(elapsed, array[-1] if dated(array) else array[-1].item(), dated(array))
 
 
 def _as_array(times: Any) -> Any:
@@ -74,31 +75,38 @@ def _as_array(times: Any) -> Any:
         times = times.to_numpy()
     if isinstance(times, str) or not hasattr(times, "__len__"):
         raise TypeError(f"expected times as a list or an array; got {times!r}")
-    if isinstance(times, list | tuple) and times and isinstance(times[0], datetime.date):
-        times = [_utc(time) for time in times]
-    array = numpy.asarray(times)
-    if array.dtype.kind == "O" and array.size and isinstance(array.flat[0], datetime.date):
-        array = numpy.array([_utc(time) for time in array.flat]).reshape(array.shape)
+    array = numpy.asarray(times) if hasattr(times, "dtype") else numpy.asarray(times, dtype=_object_if_dated(times))
+    if not array.size:
+        return array.astype(float)
+    if array.dtype.kind == "O" and isinstance(array.flat[0], datetime.date | datetime.timedelta):
+        array = numpy.array([_exact(time, array.flat[0]) for time in array.flat]).reshape(array.shape)
     if array.dtype.kind == "f":
         return array.astype(float)
     if array.dtype.kind == "u":
-        return array.astype(float) if array.dtype.itemsize == 8 else array.astype("int64")
+        return array.astype("int64" if array.max() < 2**63 else float)
     if array.dtype.kind in "iMm":
         return array
-    if not array.size:
-        return array.astype(float)
     raise TypeError(
         f"expected times as numbers, datetimes or timedeltas; got {array.dtype}. Text is parsed by "
         f"numpy.asarray(times, dtype='datetime64[s]') or pandas.to_datetime(times)."
     )
 
 
-def _utc(time: Any) -> Any:
-    if not isinstance(time, datetime.date):
-        raise TypeError(f"expected every time to be a datetime, as the first is; got {time!r}")
+def _object_if_dated(times: Any) -> Any:
+    """NumPy would drop the time zone of a datetime: those are converted one by one."""
+    return object if len(times) and isinstance(times[0], datetime.date | datetime.timedelta) else None
+
+
+def _exact(time: Any, first: Any) -> Any:
+    """A datetime in UTC, or a timedelta, as NumPy's."""
+    kind = datetime.timedelta if isinstance(first, datetime.timedelta) else datetime.date
+    if not isinstance(time, kind):
+        raise TypeError(f"expected every time to be of one kind, as the first is, {first!r}; got {time!r}")
     if isinstance(time, datetime.datetime) and time.tzinfo is not None:
         time = time.astimezone(datetime.UTC).replace(tzinfo=None)
-    return time.to_datetime64() if hasattr(time, "to_datetime64") else numpy.datetime64(time)
+    if hasattr(time, "asm8"):  # pandas', with nanoseconds
+        return time.asm8
+    return numpy.timedelta64(time) if kind is datetime.timedelta else numpy.datetime64(time)
 
 
 def dated(stamp: Any) -> bool:

@@ -70,7 +70,10 @@ def sweep(
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in whole]
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
-    if statistic is mean_of and elapsed is None and made[0] is not first.array and moments.smooth(arrays[0], views[0]):
+    plain = statistic is mean_of and elapsed is None and made[0] is not first.array
+    with quietly(first.array):
+        done = plain and moments.smooth(arrays[0], views[0])
+    if done:
         if needed > 1:
             views[0][:, : needed - 1] = math.nan
         return [_give(first, made[0], out)]

@@ -122,9 +122,9 @@ class Rule:
         if self.profile is None:
             lost = self.alpha if self.alpha.shape[1] == 1 else self.alpha[:, begin:end]
             if elapsed is not None:
-                module = module_of(lost)
-                forgetting = -module.log1p(-lost) * like(like_this, elapsed[None, :, None])
-                lost = -module.expm1(-forgetting)
+                module, passed = module_of(lost), like(like_this, elapsed[None, :, None])
+                forgetting = -module.log1p(-lost) * passed
+                lost = module.where(passed > 0.0, -module.expm1(-forgetting), 0.0 * lost)  # an infinite rate says NaN
             return Terms(1.0 - lost, lost, 0.0 * lost + 1.0 if by_value else lost)
         if elapsed is None and isinstance(self.profile, Exponential | Uniform):
             keep, lost, gain = self.profile.change(1.0, 1.0)

@@ -21,4 +21,5 @@ def main() -> None:
         print(f"\nInstruction sets of this processor, the first one used: {', '.join(_native.instruction_sets())}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -41,8 +41,8 @@ def scan_elements(u: Any, lost: Any, kept: Any, out: Any, sums: Any, threads: in
 def instruction_sets() -> list[str]:
     """What this processor can run, the best first: that one is used."""
 
-def use(name: str) -> None:
-    """Use another of them, from here on."""
+def use(name: str) -> str:
+    """Use another of them from here on; gives the one before."""
 
 def places(tensors: list[Tensor], exchange: object) -> bytes:
     """Memory, device, dtype, shape and strides of each. `exchange` is `torch.Tensor.__dlpack_c_exchange_api__`."""

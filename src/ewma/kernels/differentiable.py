@@ -21,12 +21,12 @@ from ewma import kernels
 from ewma.arrays import before, empty
 
 
-def scan(u: Tensor, lost: float | Tensor, initial: Tensor) -> Tensor:
-    """`kernels.scan`, differentiable in all three. Shapes (outer, n, inner); `lost` and `initial` broadcast."""
+def scan(u: Tensor, lost: float | Tensor, initial: Tensor, kept: Tensor | None = None) -> Tensor:
+    """`kernels.scan`, differentiable in u, lost and initial. Shapes (outer, n, inner); lost and initial broadcast."""
     steps = lost if isinstance(lost, Tensor) else u.new_full((1, 1, 1), lost)
     initial = initial.expand(u.shape[0], 1, u.shape[2])
     constant = lost if isinstance(lost, float) else None
-    result: Tensor = _Scan.apply(u, steps, initial, constant)  # type: ignore[no-untyped-call]  # torch has it untyped
+    result: Tensor = _Scan.apply(u, steps, initial, constant, _fixed(kept))  # type: ignore[no-untyped-call]  # torch has it untyped
     return result
 
 
@@ -74,20 +74,31 @@ def _linear(x: Tensor, stretches: Sequence[Any], transposed: bool) -> Tensor:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, lost: Tensor, initial: Tensor, constant: float | None) -> Tensor:
+    def forward(
+        ctx: Any, u: Tensor, lost: Tensor, initial: Tensor, constant: float | None, kept: Tensor | None
+    ) -> Tensor:
         y = torch.empty_like(u, memory_format=torch.contiguous_format)
         u = u.clone(memory_format=torch.contiguous_format)  # the kernel may use it up
-        kernels.scan(u, lost if constant is None else constant, initial, y)
-        ctx.constant = constant
+        kernels.scan(u, lost if constant is None else constant, initial, y, kept)
+        ctx.constant, ctx.kept = constant, kept
         ctx.save_for_backward(lost, initial, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         lost, initial, y = ctx.saved_tensors
-        following = lost if lost.shape[1] == 1 else torch.cat((lost[:, 1:], lost[:, :1]), 1)
-        backwards = following.flip(1) if ctx.constant is None else ctx.constant
-        adjoint = scan(dy.flip(1), backwards, torch.zeros_like(initial)).flip(1)
+        backwards = _following(lost) if ctx.constant is None else ctx.constant
+        kept = None if ctx.kept is None else _following(ctx.kept)
+        adjoint = scan(dy.flip(1), backwards, torch.zeros_like(initial), kept).flip(1)
         dlost = (-adjoint * before(y, initial)).sum_to_size(lost.shape) if ctx.needs_input_grad[1] else None
         dinitial = (1.0 - lost[:, :1]) * adjoint[:, :1] if ctx.needs_input_grad[2] else None
-        return adjoint, dlost, dinitial, None
+        return adjoint, dlost, dinitial, None, None
+
+
+def _following(steps: Tensor) -> Tensor:
+    """Of each step what belongs to the one after it, from the end to the start. (The last has none, nor needs one.)"""
+    return steps if steps.shape[1] == 1 else torch.cat((steps[:, 1:], steps[:, :1]), 1).flip(1)
+
+
+def _fixed(kept: Tensor | None) -> Tensor | None:
+    return None if kept is None else kept.detach()

@@ -10,7 +10,7 @@
 #include "native.h"
 
 /* How many elements are averaged into one set before the next, and how many a thread takes at a time. */
-enum { BLOCK = 4096, PART = 1 << 17 };
+enum { BLOCK = 512, PART = 1 << 17 };
 
 /* One tensor: where its value lies, how many elements it has, the stream of its random bits, how many elements come
    before it in the list; and where its average lies in each set. */
@@ -387,8 +387,9 @@ static PyObject *py_use(PyObject *module, PyObject *name)
 {
     for (Version version = 0; version < VERSION_COUNT; version++)
         if (PyUnicode_CompareWithASCIIString(name, VERSIONS[version].name) == 0 && runs_here(version)) {
+            const char *before = VERSIONS[chosen].name;
             chosen = version;
-            Py_RETURN_NONE;
+            return PyUnicode_FromString(before);
         }
     return PyErr_Format(PyExc_ValueError, "this machine has no instruction set called %R", name);
 }
