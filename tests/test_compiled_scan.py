@@ -352,7 +352,7 @@ def test_smooth_goes_the_general_way_then(monkeypatch: pytest.MonkeyPatch, bad: 
     x[0], x[1235] = bad, -bad
     made = ewma.smooth(x, alpha=0.1)
     monkeypatch.setenv("EWMA_KERNEL", "foreach")
-    numpy.testing.assert_allclose(made, ewma.smooth(x, alpha=0.1), rtol=1e-12)
+    numpy.testing.assert_allclose(made, ewma.smooth(x, alpha=0.1), rtol=1e-11, atol=1e-14 * numpy.nanmax(abs(x)))
 
 
 # What is refused
@@ -476,3 +476,42 @@ def test_it_serves_unless_another_is_forced(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("foreach", "reference"):
         monkeypatch.setenv("EWMA_KERNEL", name)
         assert kernels.compiled() is None
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("arguments", [{}, {"initial": 1.0}, {"debias": False}], ids=str)
+@pytest.mark.parametrize("alpha", [1e-3, 0.3, 1.0])
+@pytest.mark.parametrize(("shape", "axis"), [((50,), 0), ((3, 4200), 1), ((700, 9), 0), ((2, 30, 9), 1)])
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_gradients_are_those_of_the_general_way(
+    monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...], axis: int, alpha: float, arguments: Any
+) -> None:
+    made = []
+    for kernel in ("native", "foreach"):
+        monkeypatch.setenv("EWMA_KERNEL", kernel)
+        x = torch.from_numpy(values(*shape)).to(getattr(torch, name)).requires_grad_()
+        smoothed = ewma.smooth(x, alpha=alpha, axis=axis, **arguments)
+        (dx,) = torch.autograd.grad(smoothed, x, torch.linspace(-1.0, 1.0, x.numel(), dtype=x.dtype).reshape(shape))
+        made.append((smoothed.detach(), dx))
+    for got, right in zip(*made, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-5 if name == "float32" else 1e-11, atol=1e-6)
+
+
+def test_gradients_of_gradients_and_of_a_sum() -> None:
+    x = torch.from_numpy(values(3, 7)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ewma.smooth(x, alpha=0.3), x)
+    assert torch.autograd.gradgradcheck(lambda x: ewma.smooth(x, alpha=0.3) ** 2, x)
+    ewma.smooth(x, alpha=0.3).sum().backward()  # a gradient of no strides
+    assert x.grad is not None
+    assert float(x.grad.sum()) == pytest.approx(21.0)
+
+
+def test_a_gradient_that_is_nan_reaches_all_before_it() -> None:
+    x = torch.zeros(LARGE, requires_grad=True)
+    dy = torch.ones(LARGE)
+    dy[LARGE - 5] = math.nan
+    (dx,) = torch.autograd.grad(ewma.smooth(x, alpha=0.3), x, dy)
+    assert bool(dx[: LARGE - 4].isnan().all())
+    assert bool(dx[LARGE - 4 :].isfinite().all())

@@ -37,6 +37,27 @@ def like(x: Array, values: Any) -> Array:
     return module_of(x).asarray(values, dtype="float64")
 
 
+HUGE = 1 << 22
+
+
+def empty(x: Array, dtype: Any) -> Array:
+    """Room for a result of x's shape and kind.
+
+    A large tensor on the CPU gets its memory from NumPy, which asks for huge pages: to touch fresh small ones takes the
+    kernel several times as long as writing what is on them.
+    """
+    if not is_tensor(x):
+        return module_of(x).empty(x.shape, dtype)
+    torch = module_of(x)
+    narrow = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}
+    plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
+    if plain and x.is_cpu and x.numel() * dtype.itemsize >= HUGE and dtype in narrow:
+        import numpy
+
+        return torch.from_numpy(numpy.empty(tuple(x.shape), narrow[dtype]))
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def full(x: Array, shape: tuple[int, ...], value: float) -> Array:
     """A float64 array of x's kind, on its device, filled with one value."""
     if is_tensor(x):

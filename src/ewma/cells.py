@@ -13,7 +13,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ewma import recurrence
-from ewma.arrays import Array, full, is_tensor, like, module_of, wide
+from ewma.arrays import Array, empty, full, is_tensor, like, module_of, wide
 from ewma.weighting import Rule
 
 if TYPE_CHECKING:
@@ -200,9 +200,7 @@ class Arrays:
         self.begin(x, series.of_one)
         if timed:
             self.moments.rule = self.moments.rule.with_times()
-        from ewma.sweep import empty
-
-        made = empty(series)
+        made = empty(series.array, series.floating)
         if n:
             arrays = [one.reshape(outer, n, inner) for one in (x, *others)]
             self.moments.reshape(outer, inner)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
 from ewma import columns, kernels
-from ewma.arrays import Array, before, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.arrays import Array, before, empty, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.profiles import Exponential
 from ewma.weighting import Rule, Terms, Weights, part_of
 
@@ -43,6 +43,14 @@ def scan(u: Array, lost: float | Array, initial: Array | float, kept: Array | No
     out = module_of(u).empty_like(u)
     kernels.scan(u, lost, initial, out, kept)
     return out
+
+
+class Stretch(NamedTuple):
+    """Steps that lose the same; and what each value is of all so far, if it differs as a NumPy array."""
+
+    part: slice
+    lost: float
+    share: Any
 
 
 class Chunk(NamedTuple):
@@ -141,32 +149,47 @@ class Moments:
             x: of shape (outer, n, inner), of real numbers, time in the middle.
             out: of the same shape, sharing no memory with x.
         """
-        kernel = kernels.compiled()
-        n = x.shape[1]
-        if (
-            not n
-            or kernel is None
-            or not isinstance(self.weight, float)
-            or (not self.rule.debias and self.weight not in (0, 1))
-        ):
-            return False
-        terms, weight = self.rule.terms(x, self.time, None, 0, n), self.weight
-        if not terms.constant:
+        kernel, terms = kernels.compiled(), self._equal_terms(x)
+        if kernel is None or terms is None:
             return False
         base, start = (kernel.lend(part) for part in (_base(x), self.means[0] if self.means else wide(x[:, :1])))
         if base is None or start is None:
             return False
         base = numpy.array(base, order="C")
-        sums = (weight if self.rule.debias else 1.0) / terms.gain * (start - base)
-        begin, settled = 0, max(columns.settled(terms.lost), LEAST)
-        while begin < n:
-            steps = min(n - begin, MOST, settled - begin) if begin < settled else n - begin
-            share, weight = self.rule.shares(terms, steps, weight, base)
-            part = slice(begin, begin + steps)
-            if not kernel.mean(x[:, part], out[:, part], base, sums, terms.lost, 1.0, share, False):
+        sums = self._held(terms) * (start - base)
+        for part, lost, share in self._cut(terms, x.shape[1]):
+            if not kernel.mean(x[:, part], out[:, part], base, sums, lost, 1.0, share, False):
                 return False
-            begin += steps
         return True
+
+    def smooth_remembering(self, x: Any) -> Any:
+        """`smooth` as a new tensor that autograd can go back through to x; None where this cannot be."""
+        if kernels.compiled() is None or (terms := self._equal_terms(x)) is None:
+            return None
+        if not self.rule.debias and self.weight == 0.0:  # the first value weighs more than its step says
+            return None
+        out = empty(x, x.dtype)
+        if not self.smooth(x, out):
+            return None
+        from ewma.kernels import differentiable
+
+        return differentiable.remembering(x, out, list(self._cut(terms, x.shape[1])))
+
+    def _equal_terms(self, x: Array) -> Terms | None:
+        """The terms of whole series whose steps are alike; else None."""
+        if not (x.shape[1] and isinstance(self.weight, float) and (self.rule.debias or self.weight in (0.0, 1.0))):
+            return None
+        terms = self.rule.terms(x, self.time, None, 0, x.shape[1])
+        return terms if terms.constant else None
+
+    def _cut(self, terms: Terms, n: int) -> Iterator[Stretch]:
+        """Whole series, cut where what a value is of all so far no longer changes."""
+        weight, begin, settled = self.weight, 0, max(columns.settled(terms.lost), LEAST)
+        while begin < n:
+            steps = int(min(n - begin, MOST, settled - begin)) if begin < settled else n - begin
+            share, weight = self.rule.shares(terms, steps, weight, numpy.zeros(1))
+            yield Stretch(slice(begin, begin + steps), terms.lost, share)
+            begin += steps
 
     def reshape(self, outer: int, inner: int) -> None:
         """Look at the same series as outer times inner of them."""
@@ -237,6 +260,10 @@ class Moments:
         """Whether autograd has to see what happens."""
         return needs_gradient(*xs, *self.means, self.weight, self.rule.alpha)
 
+    def _held(self, terms: Terms) -> Any:
+        """What a mean that is there already weighs, in steps."""
+        return (self.weight if self.rule.debias else 1.0) / terms.gain
+
     def _alike(self, xs: tuple[Array, ...], terms: Terms) -> Chunk | None:
         """All steps alike and every value finite: sums under one constant coefficient, divided by their weights.
 
@@ -248,7 +275,7 @@ class Moments:
         weights = self.rule.constant_weights(terms, n, self.weight, xs[0], bool(self.wanted))
         times: Operation = operator.imul if in_place else operator.mul
         plus: Operation = operator.iadd if in_place else operator.add
-        held = (self.weight if self.rule.debias else 1.0) / terms.gain
+        held = self._held(terms)
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
         bases = tuple(map(_base, xs))
         if in_place and not self.wanted:
@@ -378,9 +405,13 @@ def _base(x: Array) -> Array:
     result the base makes no difference, so it has no gradient. (A few values stand for all of them.)
     """
     x, module = _fixed(x), module_of(x)
+    if x.shape[0] == x.shape[2] == 1 and not is_tensor(x):  # the same, without a dozen array operations
+        few = x[0, :: max(x.shape[1] // 16, 1), 0].tolist()
+        low, high = min(few), max(few)
+        return numpy.full((1, 1, 1), float(few[0]) if 0.0 < high <= 2.0 * low or 2.0 * high <= low < 0.0 else 0.0)
     some = wide(x[:, :: max(x.shape[1] // 16, 1)])
     low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
-    alike = ((low > 0.0) & (high <= 2.0 * low)) | ((high < 0.0) & (low >= 2.0 * high))
+    alike = ((low > 0.0) & (high <= 2.0 * low)) | ((high < 0.0) & (2.0 * high <= low))
     return module.where(alike, some[:, 0], 0.0 * low)[:, None]
 
 

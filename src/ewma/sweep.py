@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
-from ewma.arrays import Array, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.arrays import Array, empty, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.columns import Vector
 from ewma.moments import Chunk, Moments
 from ewma.values import Series
@@ -61,9 +61,14 @@ def sweep(
     if needs_gradient(*arrays, moments.rule.alpha, *moments.means):
         if out is not None:
             raise ValueError("out= cannot be written where autograd has to remember: leave it out, or use no_grad()")
+        quick = statistic is mean_of and elapsed is None and needed <= 1 and first.array.numel()
+        if quick and not needs_gradient(moments.rule.alpha, *moments.means):
+            made = moments.smooth_remembering(arrays[0])
+            if made is not None:
+                return [first.pack(made.reshape(first.array.shape))]
         whole = _advance(moments, arrays, elapsed, 0, needed, statistic) if first.array.numel() else arrays * results
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in whole]
-    made = [empty(first) if out is None else _check_out(first, out) for _ in range(results)]
+    made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
     plain = statistic is mean_of and elapsed is None and made[0] is not first.array
     with quietly(first.array):
@@ -121,7 +126,7 @@ def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, 
     """
     outer, n, inner = series.shape
     x = wide(series.array.reshape(outer, n, inner))
-    target = empty(series) if out is None else _check_out(series, out)
+    target = empty(series.array, series.floating) if out is None else _check_out(series, out)
     if not math.prod(x.shape):
         return series.pack(series.array.to(series.floating) if needs_gradient(x) else target)
     module = module_of(x)
@@ -197,14 +202,6 @@ def _threads(x: Array, inner: int) -> int:
     return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
 
 
-def empty(series: Series) -> Array:
-    """Room for a result."""
-    x = series.array
-    if is_tensor(x):
-        return x.new_empty(x.shape, dtype=series.floating)
-    return module_of(x).empty(x.shape, series.floating)
-
-
 def _check_out(series: Series, out: Any) -> Array:
     """Where to write: `out` itself, or room of its own where out is not one stretch of memory or shares some of x's."""
     x = series.array
@@ -228,7 +225,7 @@ def _check_out(series: Series, out: Any) -> Array:
         if not out.flags.writeable:
             raise ValueError("expected out to be writeable; got a read-only array")
         simple = out.flags.c_contiguous and (out is x or not module_of(x).may_share_memory(out, x))
-    return out if simple else empty(series)
+    return out if simple else empty(series.array, series.floating)
 
 
 def _give(series: Series, made: Array, out: Any) -> Any:

@@ -38,6 +38,11 @@ def mean(
     return _native.scan(lent, target, base, sums, lost, kept, pre, post, fresh, threads(x))
 
 
+def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, most: int) -> bool:
+    """`mean` of what was lent, on at most so many threads."""
+    return _native.scan(x, out, base, sums, lost, None, pre, post, False, most)
+
+
 def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None) -> bool:
     """`ewma.kernels.scan`; False, with nothing done, where one of the arrays is not for this kernel."""
     factors = [part for part in (lost, kept) if part is not None and not isinstance(part, float)]

@@ -10,13 +10,15 @@ The backward pass is made of differentiable steps, so it can be differentiated a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from ewma import kernels
-from ewma.arrays import before
+from ewma.arrays import before, empty
 
 
 def scan(u: Tensor, lost: float | Tensor, initial: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -26,6 +28,48 @@ def scan(u: Tensor, lost: float | Tensor, initial: Tensor, kept: Tensor | None =
     constant = lost if isinstance(lost, float) else None
     result: Tensor = _Scan.apply(u, steps, initial, constant, _fixed(kept))  # type: ignore[no-untyped-call]  # torch has it untyped
     return result
+
+
+def remembering(x: Tensor, made: Tensor, stretches: Sequence[Any]) -> Tensor:
+    """`made`, the running mean of x in these stretches, as what autograd goes back through to x.
+
+    The mean is linear in x, so its gradient is the transposed: the same pass from the end to the start.
+    """
+    result: Tensor = _Mean.apply(x, stretches, False, [made])  # type: ignore[no-untyped-call]  # torch has it untyped
+    return result
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stretches: Sequence[Any], transposed: bool, made: list[Tensor]) -> Tensor:
+        ctx.stretches, ctx.transposed = stretches, transposed
+        return made.pop() if made else _linear(x, stretches, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _Mean.apply(dy, ctx.stretches, not ctx.transposed, []), None, None, None  # type: ignore[no-untyped-call]
+
+
+def _linear(x: Tensor, stretches: Sequence[Any], transposed: bool) -> Tensor:
+    """The running mean from 0, or what its gradient is: shares and sums change places, and time runs backwards."""
+    kernel = kernels.compiled()
+    out: Tensor = empty(x, x.dtype)
+    source, target = kernel.lend(x), kernel.lend(out)
+    if source is None:
+        raise RuntimeError(f"expected a gradient with memory of its own; got {type(x).__name__}, {x.dtype}")
+    for threads in (kernel.threads(x), 1):  # a NaN reaches all that follows only where one thread goes through all
+        base, sums = numpy.zeros((2, x.shape[0], 1, x.shape[2]))
+        finite = True
+        for part, lost, share in reversed(stretches) if transposed else stretches:
+            u, y = source[:, part], target[:, part]
+            if transposed:
+                share = share if isinstance(share, float) else numpy.ascontiguousarray(share[:, ::-1])
+                u, y = u[:, ::-1], y[:, ::-1]
+            pre, post = (share, 1.0) if transposed else (1.0, share)
+            finite &= kernel.run(u, y, base, sums, lost, pre, post, threads)
+        if finite:
+            break
+    return out
 
 
 class _Scan(torch.autograd.Function):
