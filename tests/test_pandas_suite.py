@@ -1,4 +1,4 @@
-"""pandas' own tests of its ewm, run once as they are and once with our functions inside: what passes there passes here.
+"""pandas' own tests of its ewm, with our functions inside: what passes with pandas' own passes with ours.
 
 The one case where ours differ on purpose, alpha = .5 with adjust=False over a gap, has no test in pandas, so that
 nothing is left out; `test_exactness.py` has it.
@@ -18,46 +18,40 @@ import pytest
 
 pytest.importorskip("pandas", minversion="3.0")
 
-MODULES = ("pandas.tests.window.test_ewm", "pandas.tests.window.moments.test_moments_consistency_ewm")
+SUITE = (
+    "pandas.tests.window.test_ewm",
+    "pandas.tests.window.moments.test_moments_consistency_ewm",
+    "pandas.tests.window.test_groupby::TestEWM",
+)
 
 
 def test_pandas_own_tests_pass_with_ours_inside(tmp_path: pathlib.Path) -> None:
-    runs = {replaced: start(replaced, tmp_path) for replaced in ("0", "1")}
-    results = {replaced: finish(run, tmp_path / replaced) for replaced, run in runs.items()}
-    theirs, ours = results["0"], results["1"]
+    ours, said = run_suite(tmp_path, replace=True)
+    failed = {test for test, outcome in ours["outcomes"].items() if outcome == "failed"}
+    if failed:  # then only what fails with pandas' own functions, too
+        theirs, _ = run_suite(tmp_path, replace=False)
+        failed -= {test for test, outcome in theirs["outcomes"].items() if outcome == "failed"}
+    assert not failed, said
 
-    differ = {test: (outcome, ours["outcomes"].get(test)) for test, outcome in theirs["outcomes"].items()}
-    differ = {test: pair for test, pair in differ.items() if pair[0] != pair[1]}
-    assert not differ, runs["1"].communicated
-    assert ours["outcomes"].keys() == theirs["outcomes"].keys()
-
-    # It did run, with ours inside. What is skipped asks ewm for statistics that it does not have.
+    # It did run (3.1.1: 1393 passed, 28 skipped), with ours inside. The skipped ask for statistics that ewm never had.
     counts = collections.Counter(ours["outcomes"].values())
-    assert set(counts) <= {"passed", "skipped"}
-    assert counts["passed"] >= 1300
-    assert counts["skipped"] < 50
-    assert not theirs["calls"]
-    assert ours["calls"]["mean"] >= 500
-    assert ours["calls"]["sum"] >= 5
-    assert ours["calls"]["cov"] >= 1500
+    assert counts["passed"] >= 1350, said
+    assert counts["skipped"] < 50, said
+    assert ours["calls"]["mean"] >= 900
+    assert ours["calls"]["sum"] >= 10
+    assert ours["calls"]["cov"] >= 3000
 
 
-class Run(subprocess.Popen[str]):
-    communicated = ""
-
-
-def start(replaced: str, folder: pathlib.Path) -> Run:
-    here = pathlib.Path(__file__).parent
-    path = os.pathsep.join([str(here), *(entry for entry in sys.path if entry)])
-    options = {"PYTHONPATH": path, "EWMA_REPLACE": replaced, "EWMA_RESULTS": str(folder / replaced)}
-    command = [sys.executable, "-B", "-m", "pytest", "--pyargs", *MODULES]
+def run_suite(folder: pathlib.Path, replace: bool) -> tuple[dict[str, Any], str]:
+    """What became of every test and how often ours were called; and what pytest said."""
+    results = folder / f"{replace}.json"
+    path = os.pathsep.join([str(pathlib.Path(__file__).parent), *(entry for entry in sys.path if entry)])
+    options = {"PYTHONPATH": path, "EWMA_REPLACE": str(int(replace)), "EWMA_RESULTS": str(results)}
+    command = [sys.executable, "-B", "-m", "pytest", "--pyargs", *SUITE]
     command += ["-p", "pandas_with_ours", "-p", "no:cacheprovider", "-q", "--tb=short"]
-    return Run(
-        command, cwd=folder, env=os.environ | options, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | options, text=True, capture_output=True, check=False, timeout=600
     )
-
-
-def finish(run: Run, results: pathlib.Path) -> dict[str, Any]:
-    run.communicated, _ = run.communicate(timeout=300)
-    assert results.exists(), run.communicated
-    return json.loads(results.read_text())
+    said = done.stdout + done.stderr
+    assert results.exists(), said
+    return json.loads(results.read_text()), said

@@ -215,6 +215,8 @@ def test_a_kernel_that_does_not_exist_is_refused(monkeypatch):
 
 # ---- gradients of the scan itself
 
+# Along random directions, which is many times faster than element by element.
+first_order = functools.partial(gradcheck, fast_mode=True)
 second_order = functools.partial(gradgradcheck, fast_mode=True)
 
 
@@ -372,7 +374,7 @@ def test_gradients_in_x_and_alpha(name: str, knob: str):
         rule.pop("weigh", None)
     compute = finite(lambda x, alpha: smooth(x, alpha=alpha, **rule))
     given = (series(name), within(*KNOBS[knob]))
-    assert gradcheck(compute, given)
+    assert first_order(compute, given)
     assert second_order(compute, given)
 
 
@@ -384,7 +386,7 @@ def test_gradients_in_x_alpha_and_initial(name: str, shape: tuple[int, ...]):
     rule = ALL_RULES[name]
     compute = finite(lambda x, alpha, initial: smooth(x, alpha=alpha, initial=initial, **rule))
     given = (series(name), within(), random(*shape))
-    assert gradcheck(compute, given)
+    assert first_order(compute, given)
     assert second_order(compute, given)
 
 
@@ -424,7 +426,7 @@ def test_gradients_of_second_moments(name: str, statistic: str):
     compute = finite(lambda x, y, alpha: SECOND[statistic](ewm(x, alpha=alpha, **rule), y))
     given = (series(name), series(name) * 1.0 + random(2, N, grad=False), within())
     given = (given[0], given[1].detach().requires_grad_(), given[2])
-    assert gradcheck(compute, given, fast_mode=True)
+    assert first_order(compute, given)
     assert second_order(compute, given)
 
 
@@ -434,7 +436,7 @@ def test_gradients_of_both_sides(name: str):
     compute = finite(lambda x, alpha: smooth(x, alpha=alpha, two_sided=True, **rule))
     for knob in KNOBS.values():
         given = (series(name), within(*knob))
-        assert gradcheck(compute, given, fast_mode=True)
+        assert first_order(compute, given)
         assert second_order(compute, given)
 
 

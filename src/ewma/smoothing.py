@@ -80,8 +80,8 @@ def smooth(
     Beside it: `ewma.EMA` is the same one value (or chunk) at a time; `ewm` has variance, covariance and more.
     TensorBoard's smoothing s is `smooth(x, decay=s)`.
 
-    >>> smooth([4.0, 1.0, 8.0], alpha=0.5)
-    [4.0, 2.0, 5.428571428571429]
+    >>> smooth([4.0, 1.0, 6.0], alpha=0.5)
+    [4.0, 2.0, 4.285714285714286]
     """
     series = ewm(
         x,

@@ -162,7 +162,8 @@ def _advance(
     xs = tuple(piece)
     chunk = moments.advance(xs, elapsed, begin)
     made = statistic(chunk, prior, xs)
-    if may_ask(chunk.count) and bool((chunk.count[:, 0] >= needed).all()):
+    # It only grows, or from some step on is NaN.
+    if may_ask(chunk.count) and all(bool((chunk.count[:, step] >= needed).all()) for step in (0, -1)):
         return made
     module, enough = module_of(xs[0]), chunk.count >= needed
     return tuple(module.where(enough, array, float("nan")) for array in made)
@@ -237,11 +238,12 @@ def _give(series: Series, made: Array, out: Any) -> Any:
     return out
 
 
-def quietly(x: Array) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def quietly(x: Array) -> Iterator[None]:
     """Without autograd and without NumPy's warnings: what overflows on the way is computed otherwise."""
-    guard: contextlib.AbstractContextManager[Any]
-    guard = module_of(x).no_grad() if is_tensor(x) else numpy.errstate(all="ignore")
-    return guard
+    grads = module_of(x).no_grad() if is_tensor(x) else contextlib.nullcontext()
+    with numpy.errstate(all="ignore"), grads:
+        yield
 
 
 def starting(initial: Any, series: Series) -> Array:

@@ -124,7 +124,10 @@ class Rule:
             if elapsed is not None:
                 module, passed = module_of(lost), like(like_this, elapsed[None, :, None])
                 forgetting = -module.log1p(-lost) * passed
-                lost = module.where(passed > 0.0, -module.expm1(-forgetting), 0.0 * lost)  # an infinite rate says NaN
+                some = passed > 0.0  # where no time passes, an infinite rate would say NaN
+                lost = module.where(some, -module.expm1(-forgetting), 0.0 * lost)
+                keep = module.where(some, module.exp(-forgetting), 0.0 * lost + 1.0)
+                return Terms(keep, lost, 0.0 * lost + 1.0 if by_value else lost)
             return Terms(1.0 - lost, lost, 0.0 * lost + 1.0 if by_value else lost)
         if elapsed is None and isinstance(self.profile, Exponential | Uniform):
             keep, lost, gain = self.profile.change(1.0, 1.0)
@@ -163,7 +166,9 @@ class Rule:
         ahead = before(after, weight)
         past = keep * ahead
         if self.timed:
-            share, kept = (1.0 - ahead) + lost * ahead, past
+            # What a gap has taken, never as 1 - what it left, of which a long memory would leave no digits.
+            gone = scan(missing * lost + zero, observed + missing * lost, 1.0 - weight, missing * keep + zero)
+            share, kept = before(gone, 1.0 - weight) + lost * ahead, past
         else:
             weight = (ahead - lost * ahead) + gain
             share, kept = gain / weight, past / weight
