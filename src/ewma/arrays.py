@@ -25,6 +25,11 @@ def module_of(x: Array) -> Any:
     return numpy
 
 
+def is_real(x: Array) -> bool:
+    """Whether x holds real numbers: not text, complex numbers or objects."""
+    return not x.is_complex() if is_tensor(x) else x.dtype.kind in "iubf"
+
+
 def wide(x: Array) -> Array:
     """x in float64; itself where it is so already."""
     return x.double() if is_tensor(x) else x.astype("float64", copy=False)

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ewma import recurrence
-from ewma.arrays import Array, empty, full, is_tensor, like, module_of, wide
+from ewma.arrays import Array, empty, full, is_real, is_tensor, like, may_ask, module_of, wide
 from ewma.weighting import Rule
 
 if TYPE_CHECKING:
@@ -30,6 +30,42 @@ class Terms(NamedTuple):
     rule: Rule
     needed: int
     initial: Any
+
+    def start(self, where: str, shape: tuple[int, ...]) -> Any:
+        """The mean to start from, for values of a shape; None where there is none."""
+        own = tuple(getattr(self.initial, "shape", ()))
+        fits = len(own) <= len(shape) and all(
+            size in (1, full) for size, full in zip(own[::-1], shape[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{where}: expected initial of a shape that broadcasts to the values', {list(shape)}; got {list(own)}"
+            )
+        return self.initial
+
+
+def own_initial(initial: Any) -> Any:
+    """What was given as `initial`, checked, in memory of its own: a float, an array or a tensor."""
+    if isinstance(initial, Real):
+        own: Any = float(initial)
+    elif is_tensor(initial):
+        own = initial.detach().clone()
+    elif isinstance(initial, list) or hasattr(initial, "__array__"):
+        own = _array_of(initial)
+    else:
+        raise TypeError(f"initial must be a number, or an array of numbers; got {initial!r}")
+    if not (isinstance(own, float) or is_real(own)):
+        raise TypeError(f"initial must be a number, or an array of numbers; got {initial!r}")
+    finite = math.isfinite(own) if isinstance(own, float) else not may_ask(own) or module_of(own).isfinite(own).all()
+    if not finite:
+        raise ValueError(f"expected initial to be finite; got {initial}")
+    return own
+
+
+def _array_of(initial: Any) -> Any:
+    import numpy
+
+    return numpy.array(initial)
 
 
 def kind_of(where: str, x: Any) -> str:
@@ -59,7 +95,7 @@ class Number:
         self.moments = recurrence.Moments(terms.rule.profile, terms.rule.weigh, terms.rule.debias)
         self.skipped = 0
         if terms.initial is not None:
-            self.moments.mean, self.moments.weight = float(terms.initial), 1.0
+            self.moments.mean, self.moments.weight = float(terms.start("EMA", ())), 1.0
 
     def check(self, where: str, x: Any) -> None:
         try:
@@ -117,7 +153,10 @@ class Number:
         return math.sqrt(self.second(unbiased))
 
     def score(self, x: Any, unbiased: bool) -> float:
-        distance, deviation = float(x) - self.get(), self.deviation(unbiased)
+        moments = self.moments
+        if not (math.isfinite(x) and moments.pairs > 0.0 and moments.count + 1.0 >= self.terms.needed):
+            return math.nan
+        distance, deviation = float(x) - moments.mean, math.sqrt(moments.variance(unbiased))
         if deviation:
             return distance / deviation
         return math.copysign(math.inf, distance) if distance else math.nan
@@ -160,7 +199,7 @@ class Arrays:
             return
         self.shape, self.dtype, self.device = shape, x.dtype, getattr(x, "device", None)
         if self.terms.initial is not None:
-            start = module_of(x).broadcast_to(like(x, self.terms.initial), shape).reshape(1, 1, -1)
+            start = module_of(x).broadcast_to(wide(like(x, self.terms.initial)), shape).reshape(1, 1, -1)
             self.moments.begin_at((start,) * (1 + max(max(pair) for pair in self.moments.wanted)))
 
     def check_chunk(self, where: str, series: Series) -> None:
@@ -171,6 +210,7 @@ class Arrays:
         if self.terms.rule.missing == "raise":
             _raise_for_missing(where, x)
         if self.shape is None:
+            self.terms.start(where, shape)
             return
         if shape != self.shape:
             raise ValueError(
@@ -200,7 +240,8 @@ class Arrays:
         self.begin(x, series.of_one)
         if timed:
             self.moments.rule = self.moments.rule.with_times()
-        made = empty(series.array, series.floating)
+        with self._normal():
+            made = empty(series.array, series.floating)
         if n:
             arrays = [one.reshape(outer, n, inner) for one in (x, *others)]
             self.moments.reshape(outer, inner)
@@ -212,14 +253,19 @@ class Arrays:
         from ewma.sweep import follow, quietly
 
         module = module_of(arrays[0])
-        normal = module.inference_mode(False) if self.kind == "torch" else contextlib.nullcontext()
-        with normal, quietly(arrays[0]):
+        with self._normal(), quietly(arrays[0]):
             arrays = [one.detach() if self.kind == "torch" else one for one in arrays]
             for one in arrays:
                 self.skipped = self.skipped + (~module.isfinite(one)).sum()
             follow(
                 self.moments, arrays, elapsed, self.terms.needed, lambda chunk, *_: chunk.means[: len(outputs)], outputs
             )
+
+    def _normal(self) -> Any:
+        """What is made in inference mode could not be written outside of it."""
+        if self.kind != "torch":
+            return contextlib.nullcontext()
+        return importlib.import_module("torch").inference_mode(False)
 
     def get(self) -> Array:
         return self._give(self.moments.means[0])
@@ -234,14 +280,21 @@ class Arrays:
 
     def deviation(self, unbiased: bool) -> Array:
         from ewma.moments import root
-
-        return self._give(root(self.moments.second((0, 0), unbiased)))
-
-    def score(self, x: Array, unbiased: bool) -> Array:
         from ewma.sweep import quietly
 
+        variance = self.moments.second((0, 0), unbiased)
+        with quietly(variance):
+            return self._give(root(variance))
+
+    def score(self, x: Array, unbiased: bool) -> Array:
+        from ewma.moments import standardized
+        from ewma.sweep import quietly
+
+        moments = self.moments
         with quietly(x):
-            return module_of(x).asarray((x - self.get()) / self.deviation(unbiased))
+            variance = moments.second((0, 0), unbiased)
+            scores = standardized(wide(x).reshape(1, 1, -1), moments.means[0], variance, moments.pairs + 0.0 * variance)
+            return self._give(scores, coming=1.0)
 
     def merge(self, later: Any) -> None:
         from ewma.sweep import quietly
@@ -292,10 +345,11 @@ class Arrays:
             return numpy.array(saved).reshape(1, 1, -1)
         return saved.clone() if hasattr(saved, "clone") else saved
 
-    def _give(self, x: Array) -> Array:
-        """Of the first value's shape and dtype, in memory of its own; NaN where too few values were observed."""
+    def _give(self, x: Array, coming: float = 0.0) -> Array:
+        """Of the first value's shape and dtype, in memory of its own; NaN where too few values were observed, counting
+        those just coming."""
         module = module_of(x)
-        shown = self.moments.count + 0.0 * x >= self.terms.needed
+        shown = full(x, (1, 1, 1), coming) + self.moments.count >= self.terms.needed
         x = module.where(shown, x, math.nan) + full(x, (1, 1, 1), 0.0)
         assert self.shape is not None
         if is_tensor(x):

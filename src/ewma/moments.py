@@ -90,13 +90,18 @@ def correlated(spreads: dict[Pair, Array]) -> Array:
     return module.where(vary, spreads[0, 1] / module.where(vary, product, 1.0), math.nan)
 
 
-def standardized(x: Array, chunk: Chunk, prior: Moments, unbiased: bool) -> Array:
-    """How far each value lies from the mean before it, in the standard deviations before it."""
+def standardized(x: Array, mean: Array, variance: Array, pairs: Array) -> Array:
+    """How far values lie from a mean, in standard deviations; NaN where missing, and until two were seen before."""
     module = module_of(x)
+    several = (pairs > 0.0) & module.isfinite(x)
+    return module.where(several, (x - mean) / root(module.where(several, variance, 1.0)), math.nan)
+
+
+def standardized_before(x: Array, chunk: Chunk, prior: Moments, unbiased: bool) -> Array:
+    """How far each value lies from the mean before it, in the standard deviations before it."""
     variance = before(chunk.second((0, 0), unbiased), prior.second((0, 0), unbiased) if prior.means else math.nan)
-    distance = x - before(chunk.means[0], prior.means[0] if prior.means else math.nan)
-    several = (before(chunk.pairs, prior.pairs) > 0.0) & module.isfinite(x)
-    return module.where(several, distance / root(module.where(several, variance, 1.0)), math.nan)
+    mean = before(chunk.means[0], prior.means[0] if prior.means else math.nan)
+    return standardized(x, mean, variance, before(chunk.pairs, prior.pairs))
 
 
 @dataclass
@@ -228,7 +233,8 @@ class Moments:
             self.spreads = {pair: 0.0 * spread for pair, spread in later.spreads.items()}
         mine = kept * self.weight
         total = mine + later.weight
-        share = later.weight / (total + (total == 0.0))
+        nothing = total == 0.0  # of neither is anything left: the newest is all there is
+        share = later.weight / (total + nothing) + nothing * (later.count > 0.0)
         steps = [theirs - ours for ours, theirs in zip(self.means, later.means, strict=True)]
         for pair in self.wanted:
             rise = later.spreads[pair] - self.spreads[pair]

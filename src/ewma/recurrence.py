@@ -270,7 +270,7 @@ class Moments:
         kept = math.exp(-rate * later.seen) if later.seen else 1.0
         mine = kept * self.weight
         total = mine + later.weight
-        share = later.weight / total if total else 0.0
+        share = later.weight / total if total else 1.0 if later.count else 0.0
         step = later.mean - self.mean
         self.biased += share * ((later.biased - self.biased) + (1.0 - share) * (step * step))
         self.mean = toward(self.mean, later.mean, share)

@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+
 from ewma import profiles, stamps
-from ewma.arrays import Array, is_tensor, like, may_ask, module_of, wide
+from ewma.arrays import Array, is_real, is_tensor, like, may_ask, module_of, wide
 from ewma.profiles import KNOBS, Profile
 from ewma.recurrence import Weigh, weighing
 from ewma.values import Series
@@ -80,16 +82,26 @@ def alphas(name: str, knobs: dict[str, Any], x: Array, axis: int) -> Array:
     others = [other for other in KNOBS if knobs[other] is not None and other != name]
     if others:
         raise TypeError(f"expected exactly one of {', '.join(KNOBS)}; got {name}= and {others[0]}=. Keep one.")
-    value = knobs[name]
-    if is_tensor(value) and not is_tensor(x):
-        raise TypeError(f"{name} is a tensor, but x is not one: give both as tensors, or {name}.numpy()")
-    value = wide(value.to(x.device)) if is_tensor(value) else like(x, value)
+    value = numbers(name, knobs[name], x)
     if may_ask(value):
         domain, inside = DOMAINS[name]
         wrong = ~inside(value)
         if bool(wrong.any()):
-            raise ValueError(f"{name} must be {domain}, everywhere; got {float(value[wrong].ravel()[0]):g}")
+            raise ValueError(f"{name} must be {domain}, everywhere; got {float(value[wrong].ravel()[0].item()):g}")
     return _in_three(name, alpha_of(name, value), tuple(x.shape), axis)
+
+
+def numbers(name: str, value: Any, x: Array) -> Array:
+    """What was given as an argument beside x, as float64 of x's kind, on its device. A tensor keeps its gradient."""
+    if is_tensor(value) and not is_tensor(x):
+        raise TypeError(f"{name} is a tensor, but x is not one: give both as tensors, or {name}.numpy()")
+    try:
+        array: Array = value if is_tensor(value) else numpy.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected numbers, in lists of equal lengths; NumPy says: {error}") from error
+    if not is_real(array):
+        raise TypeError(f"{name} must be a number, or an array of numbers; got {value!r}")
+    return wide(array.to(x.device)) if is_tensor(array) else like(x, array)
 
 
 def alpha_of(name: str, value: Array) -> Array:

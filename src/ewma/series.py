@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ewma import files, profiles
-from ewma.cells import JOINT, Arrays, Cell, Number, Terms, kind_of, new_cell
+from ewma.cells import JOINT, Arrays, Cell, Number, Terms, kind_of, new_cell, own_initial
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence, Weigh, check_elapsed, weighing
 from ewma.weighting import Missing, Rule, check_min_periods, check_missing
@@ -71,7 +71,10 @@ class EMA:
         self.weigh: Weigh = weighing(self.profile, weigh)
         rule = Rule(self.profile, self.profile.debias, self.weigh, check_missing(nan))
         needed = check_min_periods(min_periods)
-        self._terms = Terms(rule, max(needed, 1), None) if initial is None else Terms(rule.begun(), needed, initial)
+        if initial is None:
+            self._terms = Terms(rule, max(needed, 1), None)
+        else:
+            self._terms = Terms(rule.begun(), needed, own_initial(initial))
         self.reset()
 
     def __repr__(self) -> str:
@@ -167,6 +170,7 @@ class EMA:
 
     def zscore(self, x: Any, *, unbiased: bool = True) -> Any:
         """How far x lies from the mean of what was seen, in its standard deviations. Ask before `update(x)`."""
+        self._must_have_begun("zscore")
         values = self._by_name("EMA.zscore", x)
         unknown = [name for name in values if name not in self._cells]
         if unknown:
@@ -301,7 +305,15 @@ class EMA:
             raise ValueError(
                 f"expected y of x's kind and shape: {kind}, {list(shapes[0])}; got {other}, {list(shapes[1])}"
             )
-        return self._joint.get(name) or Arrays(self._terms, "torch" if kind == "torch" else "numpy", JOINT)
+        devices = [getattr(one.array if chunk else one, "device", None) for one in (x, y)]
+        if kind == "torch" and devices[0] != devices[1]:
+            raise ValueError(f"expected y on x's device, {devices[0]}; got y on device {devices[1]}. Move it there.")
+        pair = self._joint.get(name) or Arrays(self._terms, "torch" if kind == "torch" else "numpy", JOINT)
+        if chunk:
+            pair.check_chunk("y", y)
+        else:
+            pair.check("y", _array(y))
+        return pair
 
     def _adopt(self, cells: Mapping[str, Cell], joint: Mapping[str, Arrays], named: bool) -> None:
         self._cells.update(cells)
@@ -313,10 +325,13 @@ class EMA:
             self._quick = only.moments.update
 
     def _read(self, what: str, read: Callable[[Cell], Any]) -> Any:
-        if self._named is None:
-            raise RuntimeError(f"EMA.{what}: there is no average before the first update; call ema.update(x) first")
+        self._must_have_begun(what)
         results = {name: read(cell) for name, cell in self._cells.items()}
         return results if self._named else results[""]
+
+    def _must_have_begun(self, what: str) -> None:
+        if self._named is None:
+            raise RuntimeError(f"EMA.{what}: there is no average before the first update; call ema.update(x) first")
 
     def _read_joint(self, what: str, read: Callable[[Arrays], Any]) -> Any:
         if not self._joint:

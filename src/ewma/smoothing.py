@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import datetime
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ewma import rules, stamps
-from ewma.arrays import Array
-from ewma.moments import Chunk, Moments, correlated, root, standardized
-from ewma.profiles import Profile
+from ewma.arrays import Array, is_tensor
+from ewma.moments import Chunk, Moments, correlated, root, standardized_before
+from ewma.profiles import Profile, bare_number
 from ewma.recurrence import Weigh
 from ewma.sweep import Statistic, both_sides, mean_of, starting, sweep
-from ewma.values import unpack
+from ewma.values import Series, unpack
 from ewma.weighting import Missing, check_min_periods
 
 VARIANCE, COVARIANCE, OTHER = (0, 0), (0, 1), (1, 1)
@@ -83,6 +84,8 @@ def smooth(
     >>> smooth([4.0, 1.0, 6.0], alpha=0.5)
     [4.0, 2.0, 4.285714285714286]
     """
+    if isinstance(profile, Real):
+        raise TypeError(bare_number("smooth(x, ", profile))
     series = ewm(
         x,
         profile,
@@ -187,7 +190,7 @@ class ewm:
         What a value adds itself is left out, so that a spike does not hide in the spread that it makes. NaN until two
         values were seen, and where x is missing.
         """
-        return self._each(lambda chunk, prior, xs: (standardized(xs[0], chunk, prior, unbiased),), VARIANCE)[0]
+        return self._each(lambda chunk, prior, xs: (standardized_before(xs[0], chunk, prior, unbiased),), VARIANCE)[0]
 
     def bands(self, k: float = 2.0, *, unbiased: bool = True) -> Bands:
         """`(lower, mean, upper)`: the running mean, and k standard deviations to both sides of it."""
@@ -201,17 +204,23 @@ class ewm:
     def _each(
         self, statistic: Statistic, *wanted: tuple[int, int], y: Any = None, out: Any = None, results: int = 1
     ) -> list[Any]:
-        series = [self._x]
-        if y is not None:
-            series.append(unpack("y", y, self._x.axis))
-            if tuple(series[1].array.shape) != tuple(self._x.array.shape):
-                raise ValueError(
-                    f"expected y of x's shape, {list(self._x.array.shape)}; got {list(series[1].array.shape)}"
-                )
+        series = [self._x, self._beside(y)] if COVARIANCE in wanted else [self._x]
         moments = Moments(self._rule, wanted)
         if self._initial is not None:
             moments.begin_at((self._initial,) * len(series))
         return sweep(moments, series, self._elapsed, self._needed, statistic, results, out)
+
+    def _beside(self, y: Any) -> Series:
+        """A second series, of x's shape and on its device."""
+        x, other = self._x, unpack("y", y, None)
+        if tuple(other.array.shape) != tuple(x.array.shape):
+            raise ValueError(f"expected y of x's shape, {list(x.array.shape)}; got {list(other.array.shape)}")
+        if is_tensor(x.array) != is_tensor(other.array):
+            kinds = ("a tensor" if is_tensor(array) else "no tensor" for array in (other.array, x.array))
+            raise TypeError("y is {}, but x is {}: give both as tensors, or neither".format(*kinds))
+        if is_tensor(x.array) and x.array.device != other.array.device:
+            raise ValueError(f"expected y on x's device, {x.array.device}; got y on device {other.array.device}")
+        return other._replace(axis=x.axis)
 
     def _two_sided(self, out: Any) -> Any:
         if self._initial is not None or not self._rule.debias:

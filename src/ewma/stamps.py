@@ -37,30 +37,27 @@ def stamps(times: Any, n: int, last: Any = None) -> Stamps:
         )
     if not n:
         return Stamps(numpy.empty(0), last)
-    if (
-        last is not None
-        and numpy.asarray(last).dtype.kind != array.dtype.kind
-        and "M"
-        in (
-            numpy.asarray(last).dtype.kind,
-            array.dtype.kind,
-        )
-    ):
+    if last is not None and _kind(last) != _kind(array):
         raise TypeError(f"expected times as before, such as {last!r}; got {array[0]!r}")
     missing = numpy.isnat(array) if array.dtype.kind in "Mm" else ~numpy.isfinite(array)
     if missing.any():
         place = int(missing.argmax())
         raise ValueError(f"expected a time for every value; times[{place}] is {array[place]}")
     begin = array[:1] if last is None else numpy.asarray([last])
-    differences = numpy.diff(numpy.concatenate((begin, array)))
-    elapsed = differences / SECOND if differences.dtype.kind == "m" else differences.astype(float)
-    if (elapsed < 0.0).any():
-        place = int((elapsed < 0.0).argmax())
+    whole = numpy.concatenate((begin, array))
+    back = whole[1:] < whole[:-1]
+    if back.any():
+        place = int(back.argmax())
         before = begin[0] if place == 0 else array[place - 1]
         raise ValueError(
             f"expected times that never decrease; times[{place}] = {array[place]} comes after {before}. Sort "
             f"by time first: order = numpy.argsort(times), then x[order] and times[order]."
         )
+    if array.dtype.kind == "i":  # two of them may lie further apart than their dtype goes: modulo 2 ** 64 they do not
+        elapsed = numpy.diff(whole.astype("int64").view("uint64")).astype(float)
+    else:
+        differences = numpy.diff(whole)
+        elapsed = differences / SECOND if differences.dtype.kind == "m" else differences
     if last is None:
         elapsed[0] = 1.0
     return Stamps(elapsed, array[-1] if dated(array) else array[-1].item(), dated(array))
@@ -68,7 +65,8 @@ def stamps(times: Any, n: int, last: Any = None) -> Stamps:
 
 def _as_array(times: Any) -> Any:
     if is_tensor(times):
-        times = times.detach().cpu().numpy()
+        times = times.detach().cpu()
+        times = (times.double() if times.is_floating_point() else times).numpy()
     if getattr(getattr(times, "dtype", None), "tz", None) is not None:  # pandas, with a time zone
         times = (times.dt if hasattr(times, "dt") else times).tz_convert(None)
     if hasattr(times, "to_numpy"):
@@ -103,7 +101,8 @@ def _exact(time: Any, first: Any) -> Any:
     """A datetime in UTC, or a timedelta, as NumPy's."""
     kind = datetime.timedelta if isinstance(first, datetime.timedelta) else datetime.date
     if not isinstance(time, kind):
-        raise TypeError(f"expected every time to be of one kind, as the first is, {first!r}; got {time!r}")
+        name = "timedelta" if kind is datetime.timedelta else "datetime"
+        raise TypeError(f"expected every time to be a {name}, as the first is; got {time!r}")
     if isinstance(time, datetime.datetime) and time.tzinfo is not None:
         time = time.astimezone(datetime.UTC).replace(tzinfo=None)
     if hasattr(time, "asm8"):  # pandas', with nanoseconds
@@ -111,17 +110,25 @@ def _exact(time: Any, first: Any) -> Any:
     return numpy.timedelta64(time) if kind is datetime.timedelta else numpy.datetime64(time)
 
 
+def _kind(stamp: Any) -> str:
+    """ "M" for datetimes, "m" for timedeltas, "" for numbers."""
+    kind: str = numpy.asarray(stamp).dtype.kind
+    return kind if kind in "Mm" else ""
+
+
 def dated(stamp: Any) -> bool:
     """Whether a stamp is a datetime or timedelta, so that elapsed is in seconds."""
-    return numpy.asarray(stamp).dtype.kind in "Mm"
+    return bool(_kind(stamp))
 
 
 def in_seconds(name: str, duration: Any, dated: bool) -> Any:
-    """A timedelta as seconds; anything else as it is."""
+    """A timedelta, or an array of them, as seconds; anything else as it is."""
+    seconds: Any
     if isinstance(duration, datetime.timedelta):
         seconds = duration.total_seconds()
-    elif isinstance(duration, numpy.timedelta64):
-        seconds = float(duration / SECOND)
+    elif getattr(getattr(duration, "dtype", None), "kind", "") == "m":
+        seconds = duration / SECOND
+        seconds = seconds if seconds.ndim else float(seconds)
     else:
         return duration
     if not dated:

@@ -16,9 +16,10 @@ from typing import Any, TypeAlias
 
 import numpy
 
-from ewma.arrays import Array, empty, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
 from ewma.columns import Vector
 from ewma.moments import Chunk, Moments
+from ewma.rules import numbers
 from ewma.values import Series
 from ewma.weighting import Rule
 
@@ -59,8 +60,7 @@ def sweep(
         for array in arrays:
             raise_for_missing(array)
     if needs_gradient(*arrays, moments.rule.alpha, *moments.means):
-        if out is not None:
-            raise ValueError("out= cannot be written where autograd has to remember: leave it out, or use no_grad()")
+        _refuse(out)
         quick = statistic is mean_of and elapsed is None and needed <= 1 and first.array.numel()
         if quick and not needs_gradient(moments.rule.alpha, *moments.means):
             made = moments.smooth_remembering(arrays[0])
@@ -126,13 +126,18 @@ def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, 
     """
     outer, n, inner = series.shape
     x = wide(series.array.reshape(outer, n, inner))
+    learns = needs_gradient(x, rule.alpha)
+    if learns:
+        _refuse(out)
+    if rule.missing == "raise":
+        raise_for_missing(x)
     target = empty(series.array, series.floating) if out is None else _check_out(series, out)
     if not math.prod(x.shape):
-        return series.pack(series.array.to(series.floating) if needs_gradient(x) else target)
+        return series.pack(series.array.to(series.floating) if learns else target)
     module = module_of(x)
     rule = replace(rule, weigh="value")
     back = None if elapsed is None else numpy.concatenate(([1.0], elapsed[:0:-1]))
-    with contextlib.nullcontext() if needs_gradient(x, rule.alpha) else quietly(x):
+    with contextlib.nullcontext() if learns else quietly(x):
         ahead = Moments(rule).advance((x,), elapsed)
         behind = Moments(rule.reversed()).advance((module.flip(x, (1,)),), back)
         mean, weight, count = (module.flip(part, (1,)) for part in (behind.means[0], behind.total, behind.count))
@@ -143,7 +148,7 @@ def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, 
         total = ahead.total + weight - own
         result = start + change / module.where(total > 0.0, total, 1.0)
         result = module.where(ahead.count + count - own >= needed, result, math.nan)
-        if needs_gradient(x, rule.alpha):
+        if learns:
             return series.pack(result.reshape(series.array.shape).to(series.floating))
         target.reshape(outer, n, inner)[...] = result
         return _give(series, target, out)
@@ -203,6 +208,11 @@ def _threads(x: Array, inner: int) -> int:
     return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
 
 
+def _refuse(out: Any) -> None:
+    if out is not None:
+        raise ValueError("out= cannot be written where autograd has to remember: leave it out, or use no_grad()")
+
+
 def _check_out(series: Series, out: Any) -> Array:
     """Where to write: `out` itself, or room of its own where out is not one stretch of memory or shares some of x's."""
     x = series.array
@@ -250,7 +260,7 @@ def starting(initial: Any, series: Series) -> Array:
     """The mean to start from, of shape (outer, 1, inner)."""
     x = series.array
     outer, _, inner = series.shape
-    value = wide(initial.to(x.device)) if is_tensor(initial) and is_tensor(x) else like(x, initial)
+    value = numbers("initial", initial, x)
     sizes = list(x.shape)
     del sizes[series.axis]
     try:

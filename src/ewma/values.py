@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from ewma.arrays import Array, is_tensor, module_of
 
+FRAMES = ("Series", "DataFrame")
+
 
 class Series(NamedTuple):
     """A series as an array.
@@ -51,13 +53,13 @@ def unpack(where: str, x: Any, axis: int | None) -> Series:
     library = type(x).__module__.partition(".")[0]
     if is_tensor(x):
         return _tensor(where, x, _axis(where, axis, x.ndim))
-    if library in ("pandas", "polars"):
+    if library in ("pandas", "polars") and type(x).__name__ in FRAMES:
         if axis not in (None, 0, *((-1,) if len(x.shape) == 1 else ())):
             raise ValueError(f"{where}: a frame's time runs along its rows, axis 0; got axis={axis}. Leave axis out.")
         return _pandas(where, x) if library == "pandas" else _polars(where, x)
     if isinstance(x, list | tuple):
         return _list(where, x, axis)
-    if not hasattr(x, "__array__"):
+    if not hasattr(x, "__array__") or library in ("pandas", "polars"):
         raise TypeError(
             f"{where}: expected a list, a NumPy array, a torch tensor, or a pandas or polars series or frame; got "
             f"{type(x).__name__}. An iterator becomes a list with list(x)."
@@ -102,8 +104,12 @@ def _floating(where: str, array: Any) -> Any:
 def _tensor(where: str, x: Any, axis: int) -> Series:
     import torch
 
-    if x.is_complex() or x.is_sparse or x.is_quantized:
-        raise TypeError(f"{where}: expected a dense tensor of real numbers; got {x.dtype}, layout {x.layout}.")
+    tiny = x.is_floating_point() and x.dtype.itemsize < 2  # torch computes nothing in 8 bits
+    if tiny or x.is_complex() or x.layout != torch.strided or x.is_quantized:
+        raise TypeError(
+            f"{where}: expected a dense tensor of real numbers; got {x.dtype}, layout {x.layout}."
+            f"{' Convert it first: x.float().' if tiny else ''}"
+        )
     array = x.double() if x.dtype == torch.bool else x
     return Series(array, axis, lambda result: result, x.dtype if x.is_floating_point() else torch.float64)
 
@@ -111,17 +117,19 @@ def _tensor(where: str, x: Any, axis: int) -> Series:
 def _list(where: str, x: Any, axis: int | None) -> Series:
     import numpy
 
+    if any(is_tensor(each) for each in x):
+        raise TypeError(f"{where}: expected numbers; got a list of tensors. Make them one: torch.stack(x)")
     try:
         array = numpy.asarray(x)
-        if array.dtype.kind == "O":  # None among numbers is a missing one; integers may be too large for int64
-            array = array.astype(float)
+        if array.dtype.kind == "O" and not any(isinstance(each, str | bytes) for each in array.flat):
+            array = array.astype(float)  # None among numbers is a missing one; integers may be too large for int64
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{where}: expected numbers, in lists of equal lengths; NumPy says: {error}. None is a missing value."
         ) from error
     if not array.size and array.dtype.kind == "f" and array.ndim == 1 and isinstance(x, tuple | list):
         return Series(array, 0, lambda result: result.tolist(), array.dtype)
-    if array.dtype.kind == "U":
+    if array.dtype.kind in "UO":
         raise TypeError(f"{where}: expected real numbers; got text. Parse it first: [float(text) for text in x].")
     _floating(where, array)
     return Series(array, _axis(where, axis, array.ndim), lambda result: result.tolist(), numpy.dtype("float64"))
