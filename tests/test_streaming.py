@@ -581,6 +581,22 @@ def test_a_variance_too_large_for_a_float_is_infinite(way: Way):
     np.testing.assert_array_equal(double(ema.std()), double(series.std())[..., -1])
 
 
+@several_ways
+def test_what_a_gap_takes_of_a_long_memory_is_not_told_from_what_it_leaves(way: Way):
+    xs, times = way.whole(np.array([1.0, 0.0, NAN, 1.0, 0.0, 0.5])), np.arange(6.0)
+    rule: dict = {"decay": 1.0 - 1e-9, "debias": False, "nan": "decay", "initial": -2.5}
+    ema, right = EMA(**rule), double(ewma.ewm(xs, times=times, **rule).var())
+    for begin, end in ((0, 3), (3, 6)):
+        ema.extend(xs[..., begin:end], times=times[begin:end])
+    close(ema.var(), right[..., -1], 6.25, 1e-13)
+
+
+def test_a_missing_value_beside_an_initial_leaves_its_variance():
+    ema = EMA(half_life=3.0, initial=2.0, min_periods=0)
+    ema.extend([NAN])
+    assert (ema.get(), ema.var(unbiased=False)) == (2.0, 0.0)
+
+
 def test_covariance_of_dicts_is_that_of_each_name():
     x, y = np.random.default_rng(11).normal(size=(2, 9))
     ema, alone = EMA(half_life=3.0), EMA(half_life=3.0)

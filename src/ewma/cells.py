@@ -129,13 +129,15 @@ class Number:
         if mine.count or mine.weight or mine.mean:
             moments.means, moments.spreads = ((like(series.array, [[[mine.mean]]])),), {}
             moments.spreads[0, 0] = like(series.array, [[[mine.biased]]])
+        if not mine.debias:  # else a residue is part of the weight, which arrays do without
+            moments.residue = mine.residue
         for name in ("time", "weight", "pairs", "count", "seen"):
             setattr(moments, name, getattr(mine, name))
         result = whole.extend(series, elapsed, timed)
         for name in ("time", "weight", "pairs", "count", "seen"):
             setattr(mine, name, float(getattr(moments, name)))
         mine.mean, mine.biased = (float(x.reshape(())) for x in (moments.means[0], moments.spreads[0, 0]))
-        mine.residue = 0.0
+        mine.residue = float(moments.residue)
         self.skipped += int(whole.skipped)
         return result
 

@@ -122,9 +122,10 @@ class Moments:
     pairs: Any = 0.0
     count: Any = 0.0
     seen: Any = 0.0
+    residue: Any = 0.0
     begun: bool = False
 
-    NUMBERS = ("weight", "pairs", "count", "seen")
+    NUMBERS = ("weight", "residue", "pairs", "count", "seen")
 
     def advance(self, xs: tuple[Array, ...], elapsed: Any = None, begin: int = 0) -> Chunk:
         """Take in a chunk of one or two series.
@@ -320,7 +321,7 @@ class Moments:
         if may_ask(finite) and bool(finite.all()):
             observed = full(xs[0], (1, xs[0].shape[1], 1), 1.0)
         weight = self.weight if hasattr(self.weight, "shape") else full(xs[0], (1, 1, 1), self.weight)
-        weights = self.rule.weights(terms, observed, weight, scan)
+        weights = self.rule.weights(terms, observed, weight, scan, self.residue)
         starts = self._starts(clean, finite)
         bases = tuple(_base(module.where(finite, x, start)) for x, start in zip(clean, starts, strict=True))
         rises, spreads = [], {}
@@ -368,7 +369,7 @@ class Moments:
             pairs = scan(weights.pairs_gain, weights.pairs_lost, self.pairs, weights.pairs_kept)
         self.means = tuple(map(_end, means))
         self.spreads = {pair: _end(spread) for pair, spread in spreads.items()}
-        self.weight, self.pairs, self.count = map(_last, (weights.weight, pairs, count))
+        self.weight, self.residue, self.pairs, self.count = map(_last, (weights.weight, weights.residue, pairs, count))
         return Chunk(means, spreads, weights.total, pairs, count)
 
 

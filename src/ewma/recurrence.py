@@ -228,7 +228,7 @@ class Moments:
         kept = keep * weight
         if not self.debias:
             total = (weight - lost * weight) + gain
-            self.weight = 1.0
+            self.weight, self.residue = 1.0, 0.0
         elif lost > 0.5:
             self.weight = total = kept + gain
             self.residue = 0.0
@@ -257,10 +257,15 @@ class Moments:
         self.time += elapsed
         if decay:
             self._look_up(elapsed, self.time)
-            keep = self.terms[0]
-            self.weight *= keep
-            self.residue *= keep
+            keep, lost, _ = self.terms
             self.seen += elapsed
+            if self.debias or lost > 0.5:
+                self.weight *= keep
+                self.residue *= keep
+            else:  # what a gap has taken is told from the residue: of 1 - weight alone no digits might be left
+                taken = (1.0 - self.weight) - self.residue + lost * self.weight
+                self.weight = 1.0 - taken
+                self.residue = (1.0 - self.weight) - taken
             if self.debias:
                 self.pairs *= keep * keep
 
@@ -287,7 +292,7 @@ class Moments:
     def variance(self, unbiased: bool = True) -> float:
         """The weighted variance; unbiased needs two values, and is NaN before."""
         if not unbiased:
-            return self.biased if self.count else math.nan
+            return self.biased if self.count or self.weight else math.nan
         return self.biased * self.total**2 / self.pairs if self.pairs > 0.0 else math.nan
 
     def _look_up(self, elapsed: float, time: float | None = None) -> None:

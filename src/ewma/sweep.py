@@ -63,7 +63,8 @@ def sweep(
         _refuse(out)
         quick = statistic is mean_of and elapsed is None and needed <= 1 and first.array.numel()
         if quick and not needs_gradient(moments.rule.alpha, *moments.means):
-            made = moments.smooth_remembering(arrays[0])
+            with numpy.errstate(all="ignore"):
+                made = moments.smooth_remembering(arrays[0])
             if made is not None:
                 return [first.pack(made.reshape(first.array.shape))]
         whole = _advance(moments, arrays, elapsed, 0, needed, statistic) if first.array.numel() else arrays * results

@@ -56,7 +56,8 @@ class Weights(NamedTuple):
 
     `share` is c, `kept` is 1 - c to full precision, `weight` is what the running weight is after each step.
     `pairs_lost` and `pairs_gain` are the coefficients of D = (sum of w) ** 2 - sum of w ** 2, which unbiased moments
-    need, and `total` the sum of w that goes with it.
+    need, and `total` the sum of w that goes with it. `residue` is what rounding has left out of a weight below 1, from
+    which what a gap has taken is told.
     """
 
     share: float | Array
@@ -66,6 +67,7 @@ class Weights(NamedTuple):
     pairs_lost: float | Array
     pairs_kept: Array | None
     pairs_gain: Array
+    residue: float | Array = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ class Rule:
         keep, lost, gain = (like(like_this, vector[None, :, None]) for vector in vectors)
         return Terms(keep, lost, 0.0 * gain + 1.0 if by_value else gain)
 
-    def weights(self, terms: Terms, observed: Array, weight: Array, scan: Scan) -> Weights:
+    def weights(
+        self, terms: Terms, observed: Array, weight: Array, scan: Scan, residue: float | Array = 0.0
+    ) -> Weights:
         """The weights of any chunk.
 
         Args:
@@ -147,6 +151,7 @@ class Rule:
             observed: 1.0 or 0.0 for every element of (outer, n, inner); or of (1, n, 1), where it is the same for all.
             weight: what the running weight was, broadcasting to (outer, 1, inner).
             scan: the recurrence along time.
+            residue: of the weight, as it came before.
         """
         keep, lost, gain = terms
         if self.missing != "decay":  # a step that does not count keeps everything
@@ -165,15 +170,17 @@ class Rule:
         after = scan(observed + zero, observed + missing * lost, weight, missing * keep + zero)
         ahead = before(after, weight)
         past = keep * ahead
+        left_out: float | Array = 0.0
         if self.timed:
             # What a gap has taken, never as 1 - what it left, of which a long memory would leave no digits.
-            gone = scan(missing * lost + zero, observed + missing * lost, 1.0 - weight, missing * keep + zero)
-            share, kept = before(gone, 1.0 - weight) + lost * ahead, past
+            taken = (1.0 - weight) - residue
+            gone = scan(missing * lost + zero, observed + missing * lost, taken, missing * keep + zero)
+            share, kept, left_out = before(gone, taken) + lost * ahead, past, (1.0 - after) - gone
         else:
             weight = (ahead - lost * ahead) + gain
             share, kept = gain / weight, past / weight
         share, kept = share * observed, kept * observed + missing
-        return Weights(share, kept, after, 1.0, share * (2.0 - share), kept * kept, 2.0 * kept * share)
+        return Weights(share, kept, after, 1.0, share * (2.0 - share), kept * kept, 2.0 * kept * share, left_out)
 
     def shares(self, terms: Terms, n: int, weight: float, x: Array) -> tuple[float | Array, float]:
         """What each of n values is of all so far, where all steps are alike and observed; and the weight after them."""
