@@ -231,7 +231,7 @@ def test_a_parameter_gives_a_tensor_with_a_graph_and_none_under_no_grad():
 
 
 def test_an_infinity_with_a_gradient_is_missing_like_any_other():
-    x = torch.tensor([1.0, INF, 2.0], requires_grad=True)
+    x = torch.tensor([1.0, INF, 2.0], dtype=torch.float64, requires_grad=True)
     close(smooth(x, alpha=0.5), smooth([1.0, INF, 2.0], alpha=0.5))
     assert smooth(torch.tensor([INF], requires_grad=True), alpha=0.5).isnan().all()
 

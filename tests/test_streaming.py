@@ -583,10 +583,10 @@ def test_a_variance_too_large_for_a_float_is_infinite(way: Way):
 
 @several_ways
 def test_what_a_gap_takes_of_a_long_memory_is_not_told_from_what_it_leaves(way: Way):
-    xs, times = way.whole(np.array([1.0, 0.0, NAN, 1.0, 0.0, 0.5])), np.arange(6.0)
+    xs, times = way.whole(np.array([0.0] * 10 + [NAN, 1.0] + [0.0] * 10)), np.repeat([0.0, 0.25], [10, 12])
     rule: dict = {"decay": 1.0 - 1e-9, "debias": False, "nan": "decay", "initial": -2.5}
     ema, right = EMA(**rule), double(ewma.ewm(xs, times=times, **rule).var())
-    for begin, end in ((0, 3), (3, 6)):
+    for begin, end in ((0, 11), (11, 22)):
         ema.extend(xs[..., begin:end], times=times[begin:end])
     close(ema.var(), right[..., -1], 6.25, 1e-13)
 
