@@ -16,7 +16,7 @@ ROOT = Path(importlib.util.find_spec("ewma").submodule_search_locations[0])
 FLOORS = [
     {"profiles": set(), "arrays": set()},
     {"recurrence": set(), "columns": set(), "values": set()},
-    {"kernels": set(), "files": set(), "names": set(), "weighting": set(), "stamps": set()},
+    {"kernels": set(), "files": set(), "names": set(), "weighting": set(), "stamps": set(), "residues": set()},
     {"moments": set(), "rules": set(), "hooks": set(), "places": set(), "swapping": set(), "tracks": set()},
     {"sweep": set()},
     {"cells": set()},

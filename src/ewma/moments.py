@@ -21,6 +21,7 @@ import numpy
 from ewma import columns, kernels
 from ewma.arrays import Array, before, empty, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.profiles import Exponential
+from ewma.residues import hides, left_out
 from ewma.weighting import Rule, Terms, Weights, part_of
 
 Pair: TypeAlias = tuple[int, int]
@@ -298,8 +299,11 @@ class Moments:
         rises, spreads = [], {}
         for x, base, start in zip(xs, bases, starts, strict=True):
             rises.append(times(scan(x - base, terms.lost, held * (start - base)), weights.share))
+        offsets = [x - base for x, base in zip(xs, bases, strict=True)] if self.wanted else rises
+        before_each = [start - base for start, base in zip(starts, bases, strict=True)]
+        distances = self._distances(offsets, rises, before_each, weights.share, in_place)
         for pair in self.wanted:
-            product = math.prod(xs[k] - bases[k] - before(rises[k], starts[k] - bases[k]) for k in pair)
+            product = math.prod(distances[k] for k in pair)
             spread = scan(times(product, weights.kept), terms.lost, held * self.spreads.get(pair, 0.0))
             spreads[pair] = times(spread, weights.share)
         if not all(math.isfinite(_fixed(x).sum()) for x in (*rises, *spreads.values())):
@@ -328,8 +332,10 @@ class Moments:
         offsets = [module.where(finite, x - base, 0.0) for x, base in zip(clean, bases, strict=True)]
         for offset, base, start in zip(offsets, bases, starts, strict=True):
             rises.append(scan(weights.share * offset, weights.share, start - base))
+        before_each = [start - base for start, base in zip(starts, bases, strict=True)]
+        distances = self._distances(offsets, rises, before_each, weights.share, not self._learns(xs))
         for pair in self.wanted:
-            product = math.prod(offsets[k] - before(rises[k], starts[k] - bases[k]) for k in pair)
+            product = math.prod(distances[k] for k in pair)
             new = weights.share * weights.kept * product
             spreads[pair] = scan(new, weights.share, self.spreads.get(pair, 0.0), weights.kept)
         means = tuple(base + rise for base, rise in zip(bases, rises, strict=True))
@@ -340,6 +346,20 @@ class Moments:
         passed = counted if elapsed is None else counted * like(observed, elapsed[None, :, None])
         self.seen = self.seen + _last(passed.cumsum(1))
         return self._keep(means, spreads, weights, count)
+
+    def _distances(
+        self, offsets: list[Array], rises: list[Array], starts: list[Array], share: float | Array, exact: bool
+    ) -> list[Array]:
+        """How far each value lies from the mean before it; `exact` in more digits, where a large mean hides that."""
+        distances: list[Array] = []
+        if not self.wanted:
+            return distances
+        for offset, rise, start in zip(offsets, rises, starts, strict=True):
+            distance = offset - before(rise, start)
+            if exact and hides(distance, rise):
+                distance = distance - before(left_out(offset, rise, start, share, scan), 0.0)
+            distances.append(distance)
+        return distances
 
     def _starts(self, clean: tuple[Array, ...], finite: Array) -> tuple[Array, ...]:
         """Where each average is carried from: the mean so far, or the first value where there is none yet."""
