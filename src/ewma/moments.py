@@ -33,15 +33,17 @@ MOST = 1 << 17
 Operation: TypeAlias = Callable[[Any, Any], Any]
 
 
-def scan(u: Array, lost: float | Array, initial: Array | float, kept: Array | None = None) -> Array:
-    """`y[t] = y[t-1] + (u[t] - lost[t] * y[t-1])` as a new array, differentiable where a gradient is needed."""
+def scan(
+    u: Array, lost: float | Array, initial: Array | float, kept: Array | None = None, out: Array | None = None
+) -> Array:
+    """`y[t] = y[t-1] + (u[t] - lost[t] * y[t-1])`, in `out` if given; differentiable where a gradient is needed."""
     shape = (u.shape[0], 1, u.shape[2])
     initial = module_of(u).broadcast_to(initial, shape) if hasattr(initial, "shape") else full(u, shape, initial)
     if needs_gradient(u, lost, initial):
         from ewma.kernels import differentiable
 
         return differentiable.scan(u, lost, initial, kept)
-    out = module_of(u).empty_like(u)
+    out = module_of(u).empty_like(u) if out is None else out
     kernels.scan(u, lost, initial, out, kept)
     return out
 
@@ -125,6 +127,9 @@ class Moments:
     seen: Any = 0.0
     residue: Any = 0.0
     begun: bool = False
+    rooms: dict[Any, Array] | None = field(default=None, compare=False)
+    """Memory that is used again for every chunk, where what a chunk gave is used up before the next: fresh memory costs
+    more than the arithmetic. None where every chunk gets its own."""
 
     NUMBERS = ("weight", "residue", "pairs", "count", "seen")
 
@@ -297,8 +302,10 @@ class Moments:
                 self.seen = self.seen + float(n)
                 return self._keep(tuple(made), {}, weights, self.count + like(xs[0], columns.steps(n)))
         rises, spreads = [], {}
-        for x, base, start in zip(xs, bases, starts, strict=True):
-            rises.append(times(scan(x - base, terms.lost, held * (start - base)), weights.share))
+        for number, (x, base, start) in enumerate(zip(xs, bases, starts, strict=True)):
+            offset = self._less(x, base, in_place)
+            room = self._room(number, x) if in_place else None
+            rises.append(times(scan(offset, terms.lost, held * (start - base), out=room), weights.share))
         offsets = [x - base for x, base in zip(xs, bases, strict=True)] if self.wanted else rises
         before_each = [start - base for start, base in zip(starts, bases, strict=True)]
         distances = self._distances(offsets, rises, before_each, weights.share, in_place)
@@ -308,9 +315,28 @@ class Moments:
             spreads[pair] = times(spread, weights.share)
         if not all(math.isfinite(_fixed(x).sum()) for x in (*rises, *spreads.values())):
             return None
-        means = tuple(plus(rise, base) for base, rise in zip(bases, rises, strict=True))
+        means = tuple(plus(r, base) if _some(base) else r for base, r in zip(bases, rises, strict=True))
         self.seen = self.seen + float(n)
         return self._keep(means, spreads, weights, self.count + like(xs[0], columns.steps(n)))
+
+    def _room(self, key: Any, x: Array) -> Array | None:
+        """Memory for a float64 array of x's shape, where it is used again."""
+        if self.rooms is None:
+            return None
+        room = self.rooms.get(key)
+        if room is None or room.shape != x.shape:
+            self.rooms[key] = room = full(x, tuple(x.shape), 0.0)
+        return room
+
+    def _less(self, x: Array, base: Array, in_place: bool) -> Array:
+        """x - base."""
+        room = self._room("offset", x) if in_place else None
+        if room is None:
+            return x - base
+        if _some(base):
+            return module_of(x).subtract(x, base, out=room)
+        room[...] = x
+        return room
 
     def _any(self, xs: tuple[Array, ...], terms: Terms, elapsed: Any) -> Chunk:
         """Any steps, any missing values: an average whose coefficient differs from step to step."""
@@ -440,6 +466,11 @@ def _base(x: Array) -> Array:
     low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
     alike = ((low > 0.0) & (high <= 2.0 * low)) | ((high < 0.0) & (2.0 * high <= low))
     return module.where(alike, some[:, 0], 0.0 * low)[:, None]
+
+
+def _some(base: Array) -> bool:
+    """Whether a base makes any difference."""
+    return not may_ask(base) or bool(base.any())
 
 
 def _unit(arrays: list[Array], squared: bool) -> float:

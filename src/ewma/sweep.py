@@ -23,7 +23,7 @@ from ewma.rules import numbers
 from ewma.values import Series
 from ewma.weighting import Rule
 
-PIECE = 1 << 17
+PIECE = 1 << 18
 """How many elements are in work at a time."""
 SHORTEST = 64
 MOST = 1 << 16
@@ -112,12 +112,14 @@ def follow(
     """Move the moments on through arrays of shape (outer, n, inner), and write what `statistic` makes of them."""
     outer, n, inner = arrays[0].shape
     step = max(PIECE // max(outer * inner, 1), SHORTEST)
+    moments.rooms = {}
     for begin in range(0, n, step):
         piece = [array[:, begin : begin + step] for array in arrays]
         passed = None if elapsed is None else elapsed[begin : begin + step]
         results = _advance(moments, piece, passed, begin, needed, statistic)
         for output, result in zip(outputs, results, strict=True):
             output[:, begin : begin + step] = result
+    moments.rooms = None
 
 
 def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, out: Any) -> Any:
