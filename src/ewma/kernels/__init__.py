@@ -2,7 +2,7 @@
 
 A kernel is a module with `lerp(values, averages, streams, guard)`: it prepares, once, the update of many averages from
 many values, and returns a `Lerp` to be called at every step. Coefficients are floats; or 0-dim float64 tensors where
-only the device knows them, and then nothing waits for it.
+only the device knows them, and then nothing waits for it. `filter` is the same for gradients, which are written too.
 
     native      on the CPU, where it was compiled when the package was installed
     foreach     everywhere else
@@ -26,7 +26,7 @@ from ewma.arrays import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KERNELS", "Coefficient", "Lerp", "Word", "choose", "lerp", "missing", "scan"]
+__all__ = ["KERNELS", "Coefficient", "Filter", "Lerp", "Word", "choose", "filter", "lerp", "missing", "scan"]
 
 KERNELS = ("reference", "foreach", "native")
 
@@ -59,6 +59,33 @@ class Lerp(Protocol):
         """
 
 
+class Filter(Protocol):
+    """A prepared filter: each average takes its gradient in, which becomes `raw * gradient + slow * average`."""
+
+    skipped: Any
+    """How many elements were left out so far, being non-finite: an int or a 0-dim tensor."""
+
+    def __call__(
+        self,
+        gradients: Sequence[Tensor],
+        coefficient: Coefficient,
+        raw: float,
+        slow: float,
+        scale: float | Tensor | None = None,
+        taken: Tensor | None = None,
+    ) -> None:
+        """Update the averages, and filter the gradients in place.
+
+        Args:
+            gradients: of the averages' shapes, of one dtype; wherever they lie today.
+            coefficient: of the update.
+            raw, slow: what the filtered gradient has of the raw one and of its average. With raw = 0 the raw one has no
+                part in it, even where it is NaN.
+            scale: what the gradients are multiplied by (GradScaler's); the averages are of what they are without.
+            taken: a 0-dim bool tensor; where it is False everything stays as it is.
+        """
+
+
 def lerp(
     values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool = True
 ) -> Lerp:
@@ -80,6 +107,22 @@ def lerp(
     if name == "foreach" and devices <= {"cpu"} and not _forced():
         _warn_once(why)
     return cast(Lerp, importlib.import_module(f"ewma.kernels.{name}").lerp(values, averages, streams, guard))
+
+
+def filter(averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: bool = True) -> Filter:
+    """Prepare the filtering of gradients.
+
+    Args:
+        averages: dense float32 or float64 tensors of one dtype and device, NaN where nothing was seen yet.
+        squares: likewise, for the averages of the squared gradients; or None.
+        guard: a non-finite element of a gradient leaves its averages alone and is counted.
+    """
+    devices = {tensor.device.type for tensor in averages[:1]}
+    name, why = choose(*devices)
+    if name == "foreach" and devices <= {"cpu"} and not _forced():
+        _warn_once(why)
+    module = importlib.import_module(f"ewma.kernels.{name}_filter")
+    return cast(Filter, module.Filter(averages, squares, guard))
 
 
 def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None = None) -> None:

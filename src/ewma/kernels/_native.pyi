@@ -15,10 +15,13 @@ def lerp(
     threads: int,
     start: int = 0,
     stop: int = ...,
+    raw: float = ...,
+    slow: float = ...,
 ) -> int:
-    """Update what `native._table` lists, on at most so many threads; gives how many elements were left out.
+    """Update what `native.table` lists, on at most so many threads; gives how many elements were left out.
 
-    `start` and `stop` choose among the elements of all tensors, one after the other.
+    `start` and `stop` choose among the elements of all tensors, one after the other. With `raw` and `slow` the values
+    are filtered: each becomes `raw * value + slow * average`, and a second set averages their squares.
     """
 
 def scan(

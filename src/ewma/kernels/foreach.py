@@ -50,14 +50,14 @@ class Block:
 
     def look(self) -> None:
         """Note whether any average needs care: a NaN that has seen nothing yet, or a number near overflow."""
-        self.calm = all(_tame(averages, self.dtype) for averages in self.averages)
+        self.calm = all(tame(averages, self.dtype) for averages in self.averages)
 
     def load(self) -> None:
         """Bring the values to where they are averaged from."""
 
     def tame(self) -> bool:
         """Whether nothing needs care. Only the CPU can be asked without waiting for it."""
-        return self.calm and _tame(self.together, self.dtype)
+        return self.calm and tame(self.together, self.dtype)
 
 
 class Converted(Block):
@@ -114,7 +114,7 @@ class ForeachLerp:
                 elif careful:
                     for average, value in zip(averages, values, strict=True):
                         for piece, new in zip(_pieces(average), _pieces(value), strict=True):
-                            piece.copy_(_careful(piece, new, coefficient))
+                            piece.copy_(carefully(piece, new, coefficient))
                 elif isinstance(coefficient, Tensor):
                     coefficient = coefficient.to(averages[0])
                     for average, value in zip(averages, values, strict=True):
@@ -147,7 +147,7 @@ class ForeachLerp:
 lerp = ForeachLerp
 
 
-def _tame(several: list[Tensor], dtype: torch.dtype) -> bool:
+def tame(several: list[Tensor], dtype: torch.dtype) -> bool:
     """Whether all is known to be finite, and so far from overflow that differences are too.
 
     Only the CPU can be asked without waiting for it. The extremes cost what a sum does, one pass at the memory's speed;
@@ -170,7 +170,7 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def _careful(average: Tensor, value: Tensor, coefficient: Coefficient) -> Tensor:
+def carefully(average: Tensor, value: Tensor, coefficient: Coefficient) -> Tensor:
     """The update where something may be non-finite: such an element is left out, an unseen one takes the value."""
     if isinstance(coefficient, Tensor):
         coefficient = coefficient.to(average)
@@ -216,10 +216,10 @@ def _blocks(
                 else:
                     into = room(piece.numel(), rest[0])
                     yield Converted(piece, into, into, [[a] for a in rest], [(stream, number * size)])
-    for chosen in _packs([piece.numel() for piece, _, _ in stretches], BLOCK):
+    for chosen in packs([piece.numel() for piece, _, _ in stretches], BLOCK):
         several, into_averages, places = zip(*(stretches[number] for number in chosen), strict=True)
         yield Block(list(several), [list(each) for each in zip(*into_averages, strict=True)], list(places))
-    for chosen in _packs([values[index].numel() for index in small], CONVERTED_BLOCK):
+    for chosen in packs([values[index].numel() for index in small], CONVERTED_BLOCK):
         indices = [small[number] for number in chosen]
         yield Packed(
             [flat(values[index]) for index in indices],
@@ -239,7 +239,7 @@ def _even(n: int, most: int) -> int:
     return max(1, math.ceil(n / math.ceil(n / most))) if n else 1
 
 
-def _packs(sizes: list[int], most: int) -> Iterator[list[int]]:
+def packs(sizes: list[int], most: int) -> Iterator[list[int]]:
     """Neighbours that together are no larger than `most`."""
     pack: list[int] = []
     total = 0
@@ -267,7 +267,7 @@ class Rounding:
         exact, new = self.exact[:n].copy_(average), self.new[:n].copy_(value)
         if careful:
             for part, fresh in zip(_pieces(exact), _pieces(new), strict=True):
-                part.copy_(_careful(part, fresh, coefficient))
+                part.copy_(carefully(part, fresh, coefficient))
         else:
             exact.lerp_(new, coefficient)
         dropped = DROPPED[average.dtype]

@@ -4,6 +4,9 @@
    in the nearest cache. Where plain rounding would stall, results are rounded stochastically by the bits that noise.py
    defines. native.py prepares a table of pointers once; nothing here knows of tensors.
 
+   A filter of gradients is the same update, after which each block of values, still in the cache, becomes
+   `raw * value + slow * average`; where a second set is given, it averages the values' squares.
+
    The arithmetic is the same, bit for bit, for every instruction set and any number of threads: no operations are fused
    or reordered. */
 
@@ -28,7 +31,8 @@ typedef struct {
     const uint64_t *rows;
     size_t count, sets;
     Dtype value_dtype, average_dtype;
-    int guard;
+    int guard, filters;
+    double raw, slow;
     Set set[];
 } Update;
 
@@ -164,6 +168,61 @@ INLINE int lerp_block(
     return nearest_in_float(averages, values, n, c, average_dtype, value_dtype);
 }
 
+/* The filter. What an average has not seen yet (NaN) cannot be filtered: such a value stays as it came. */
+
+INLINE void write_value(void *to, int i, double x, Dtype dtype)
+{
+    switch (dtype) {
+    case FLOAT32: ((float *)to)[i] = (float)x; break;
+    case FLOAT64: ((double *)to)[i] = x; break;
+    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
+    default: ((uint16_t *)to)[i] = half_of((float)x);
+    }
+}
+
+INLINE void filter_in_float(
+    void *restrict values, const float *restrict averages, int n, float raw, float slow, Dtype value_dtype)
+{
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const float value = read_float(values, i, value_dtype), average = averages[i];
+        const float filtered = raw == 0.0f ? slow * average : raw * value + slow * average;
+        write_value(values, i, average != average ? value : filtered, value_dtype);
+    }
+}
+
+INLINE void filter_in_double(
+    void *restrict values, const double *restrict averages, int n, double raw, double slow, Dtype value_dtype)
+{
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const double value = read_double(values, i, value_dtype), average = averages[i];
+        const double filtered = raw == 0.0 ? slow * average : raw * value + slow * average;
+        write_value(values, i, average != average ? value : filtered, value_dtype);
+    }
+}
+
+INLINE void square_block(
+    void *restrict squares, const void *restrict values, int n, double c, int guard, Dtype dtype, Dtype value_dtype)
+{
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const double value = read_double(values, i, value_dtype), old = read_double(squares, i, dtype);
+        const double square = value * value, limit = dtype == FLOAT64 ? DBL_MAX : FLT_MAX;
+        const double moved = old != old ? square : old + c * (square - old);
+        write_value(squares, i, !guard || square <= limit ? moved : old, dtype);
+    }
+}
+
+INLINE void filter_block(
+    void *values, const void *averages, int n, const Update *update, Dtype average_dtype, Dtype value_dtype)
+{
+    if (average_dtype == FLOAT64)
+        filter_in_double(values, averages, n, update->raw, update->slow, value_dtype);
+    else if (average_dtype == FLOAT32)
+        filter_in_float(values, averages, n, (float)update->raw, (float)update->slow, value_dtype);
+}
+
 /* The elements from `start` to `stop` of all tensors one after the other. Gives how many values stayed out. */
 INLINE size_t lerp_range(
     const Update *update, uint64_t start, uint64_t stop, const Dtype average_dtype, const Dtype value_dtype)
@@ -183,8 +242,8 @@ INLINE size_t lerp_range(
             const uint64_t first = start - row->before;
             uint64_t n = row->size - first < stop - start ? row->size - first : stop - start;
             n = n < BLOCK ? n : BLOCK;
-            const void *values = (const char *)(uintptr_t)row->value + first * size_of(value_dtype);
-            for (size_t k = 0; k < update->sets; k++) {
+            void *values = (char *)(uintptr_t)row->value + first * size_of(value_dtype);
+            for (size_t k = 0; k < (update->filters ? 1 : update->sets); k++) {
                 const Set *set = &update->set[k];
                 void *averages = (char *)(uintptr_t)row->averages[k] + first * size_of(average_dtype);
                 const uint32_t offset = set->word + (uint32_t)row->stream + (uint32_t)first * GOLDEN;
@@ -192,6 +251,14 @@ INLINE size_t lerp_range(
                     const size_t out = carefully(averages, values, (int)n, set, offset, update);
                     skipped += k == 0 ? out : 0;
                 }
+            }
+            if (update->filters) {
+                const uint64_t offset = first * size_of(average_dtype);
+                if (update->sets > 1)
+                    square_block((char *)(uintptr_t)row->averages[1] + offset, values, (int)n,
+                                 update->set[0].coefficient, update->guard, average_dtype, value_dtype);
+                filter_block(values, (char *)(uintptr_t)row->averages[0] + offset, (int)n, update, average_dtype,
+                             value_dtype);
             }
             start += n;
         }
@@ -318,7 +385,9 @@ static PyObject *py_lerp(PyObject *module, PyObject *arguments)
     PyObject *coefficients, *words, *result = NULL;
     int threads;
     unsigned long long start = 0, stop = UINT64_MAX;
-    if (!PyArg_ParseTuple(arguments, "y*OOi|KK:lerp", &table, &coefficients, &words, &threads, &start, &stop))
+    double raw = NAN, slow = NAN;
+    if (!PyArg_ParseTuple(arguments, "y*OOi|KKdd:lerp", &table, &coefficients, &words, &threads, &start, &stop, &raw,
+                          &slow))
         return NULL;
     const uint64_t *header = table.buf;
     const size_t length = (size_t)table.len / sizeof(uint64_t);
@@ -343,6 +412,9 @@ static PyObject *py_lerp(PyObject *module, PyObject *arguments)
     update->value_dtype = (Dtype)header[1];
     update->average_dtype = (Dtype)header[2];
     update->guard = header[3] != 0;
+    update->filters = !isnan(raw);
+    update->raw = raw;
+    update->slow = slow;
     for (size_t k = 0; k < sets; k++) {
         if (read_set(&update->set[k], coefficients, words, (Py_ssize_t)k) < 0)
             goto done;

@@ -30,13 +30,13 @@ class NativeLerp:
     def __init__(
         self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
     ) -> None:
-        _check(values, averages)
-        mine = [n for n, value in enumerate(values) if _plain(value, *(several[n] for several in averages))]
+        check(values, averages)
+        mine = [n for n, value in enumerate(values) if plain(value, *(several[n] for several in averages))]
         others = sorted(set(range(len(values))) - set(mine))
         self.values = [values[n] for n in mine]
         chosen = [[several[n] for n in mine] for several in averages]
-        _check_overlap(self.values, chosen)
-        self.table = _table(self.values, chosen, [streams[n] for n in mine], guard)
+        check_overlap(self.values, chosen)
+        self.table = table(self.values, chosen, [streams[n] for n in mine], guard)
         self.noted = [average for several in chosen for average in several]
         self.large = sum(value.numel() for value in self.values) * len(averages) >= LARGE
         self.rest = foreach.lerp(
@@ -64,7 +64,7 @@ class NativeLerp:
 lerp = NativeLerp
 
 
-def _plain(value: Tensor, *averages: Tensor) -> bool:
+def plain(value: Tensor, *averages: Tensor) -> bool:
     """Whether the memory of all holds what they show, element beside element."""
     return value.dtype in DTYPES and all(
         _steps(tensor) == _steps(value)
@@ -81,21 +81,21 @@ def _steps(tensor: Tensor) -> list[int]:
     return [step for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
 
 
-def _table(
+def table(
     values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
 ) -> array[int]:
     """Sets, dtypes and guard, then a `Row` for each tensor."""
-    table = array("Q", (len(averages), 0, 0, guard))
+    listed = array("Q", (len(averages), 0, 0, guard))
     if values:
-        table[1:3] = array("Q", (DTYPES[values[0].dtype], DTYPES[averages[0][0].dtype]))
+        listed[1:3] = array("Q", (DTYPES[values[0].dtype], DTYPES[averages[0][0].dtype]))
     before = 0
     for value, stream, *several in zip(values, streams, *averages, strict=True):
-        table.extend((value.data_ptr(), value.numel(), stream, before, *(a.data_ptr() for a in several)))
+        listed.extend((value.data_ptr(), value.numel(), stream, before, *(a.data_ptr() for a in several)))
         before += value.numel()
-    return table
+    return listed
 
 
-def _check(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
+def check(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
     for what, tensors in ("values", values), ("averages", [a for several in averages for a in several]):
         if len({tensor.dtype for tensor in tensors}) > 1:
             raise ValueError(f"expected {what} of one dtype; got {_listed(tensor.dtype for tensor in tensors)}")
@@ -127,7 +127,7 @@ def _check(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> No
                 )
 
 
-def _check_overlap(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
+def check_overlap(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
     stretches = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, written)
         for written, tensors in ((False, values), *((True, several) for several in averages))
