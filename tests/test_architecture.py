@@ -16,7 +16,15 @@ ROOT = Path(importlib.util.find_spec("ewma").submodule_search_locations[0])
 FLOORS = [
     {"profiles": set(), "arrays": set()},
     {"recurrence": set(), "columns": set(), "values": set()},
-    {"kernels": set(), "files": set(), "names": set(), "weighting": set(), "stamps": set(), "residues": set()},
+    {
+        "kernels": set(),
+        "files": set(),
+        "names": set(),
+        "shards": set(),
+        "weighting": set(),
+        "stamps": set(),
+        "residues": set(),
+    },
     {"moments": set(), "rules": set(), "hooks": set(), "places": set(), "swapping": set(), "tracks": set()},
     {"sweep": set()},
     {"cells": set()},
@@ -95,7 +103,7 @@ def test_the_public_names() -> None:
     assert dir(ewma) == ewma.__all__
     for name in ewma.__all__:
         assert getattr(ewma, name).__doc__
-    with pytest.raises(AttributeError, match="has no attribute 'ema'; it has EMA, Exponential, ModelEMA"):
+    with pytest.raises(AttributeError, match="has no attribute 'ema'; it has EMA, Exponential, GradientEMA"):
         _ = ewma.ema
 
 

@@ -107,7 +107,10 @@ def test_the_classic_start_takes_the_first_value_and_alpha_afterwards(weigh: str
     recurrence = Recurrence(Exponential(alpha=0.3, debias=False), weigh)
     assert [recurrence.advance() for _ in range(4)] == approx([1.0, 0.3, 0.3, 0.3], rel=1e-15)
     assert recurrence.advance(2.0) == approx(1 - 0.7**2, rel=1e-15)
-    assert recurrence.numbers() == {"time": 6.0, "weight": 1.0, "residue": 0.0, "count": 5.0}
+    shares = [0.7**5, 0.3 * 0.7**4, 0.3 * 0.7**3, 0.3 * 0.7**2, 1 - 0.7**2]
+    concentration = approx(sum(share**2 for share in shares), rel=1e-14)
+    numbers = {"time": 6.0, "weight": 1.0, "residue": 0.0, "count": 5.0, "concentration": concentration}
+    assert recurrence.numbers() == numbers
 
 
 def test_by_value_is_the_adjusted_mean_of_pandas():
@@ -118,6 +121,22 @@ def test_by_value_is_the_adjusted_mean_of_pandas():
         weights = [decay ** (times[seen - 1] - time) for time in times[:seen]]
         assert mean == approx(math.fsum(map(float.__mul__, weights, VALUES)) / math.fsum(weights), rel=1e-13)
         assert recurrence.weight == approx(math.fsum(weights), rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    "profile", [Uniform(), Exponential(half_life=5), Exponential(half_life=5, debias=False)], ids=str
+)
+def test_the_concentration_is_the_sum_of_squared_shares(profile):
+    whole, parts = Recurrence(profile), [Recurrence(profile) for _ in range(2)]
+    for _ in range(20):
+        whole.advance()
+    assert whole.concentration == approx(sum(share**2 for share in profile.weights(20)), rel=1e-13)
+    if profile.debias:
+        for part, steps in zip(parts, (12, 8), strict=True):
+            for _ in range(steps):
+                part.advance()
+        parts[0].merge(parts[1])
+        assert parts[0].concentration == approx(whole.concentration, rel=1e-13)
 
 
 def test_with_equal_steps_both_weighings_are_one_mean():
@@ -141,7 +160,7 @@ def test_a_million_updates_leave_the_weight_right_to_its_last_bits(half_life: fl
 
 def test_a_long_gap_by_value_leaves_the_weight_right_to_its_last_bits():
     recurrence = Recurrence(Exponential(half_life=10), "value")
-    recurrence.load({"time": 1e9, "weight": 1e9, "residue": 0.0, "count": 1e9})
+    recurrence.load({"time": 1e9, "weight": 1e9, "residue": 0.0, "count": 1e9, "concentration": 0.0})
     assert recurrence.advance(10 * 40.0) == approx(1 / (1 + 1e9 * 2**-40), rel=1e-15)
     assert recurrence.weight == approx(1 + 1e9 * 2**-40, rel=1e-15)
 

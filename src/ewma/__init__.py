@@ -6,17 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ewma import nn, profiles
+    from ewma import gradients, nn, profiles
+    from ewma.gradients import GradientEMA
     from ewma.profiles import Exponential, Power, Uniform
     from ewma.series import EMA
     from ewma.smoothing import ewm, smooth
     from ewma.weights import ModelEMA
 
-__all__ = ["EMA", "Exponential", "ModelEMA", "Power", "Uniform", "ewm", "nn", "profiles", "smooth"]
+__all__ = [
+    "EMA",
+    "Exponential",
+    "GradientEMA",
+    "ModelEMA",
+    "Power",
+    "Uniform",
+    "ewm",
+    "gradients",
+    "nn",
+    "profiles",
+    "smooth",
+]
 
 _HOME = {
     "EMA": "ewma.series",
     "Exponential": "ewma.profiles",
+    "GradientEMA": "ewma.gradients",
     "ModelEMA": "ewma.weights",
     "Power": "ewma.profiles",
     "Uniform": "ewma.profiles",

@@ -1,4 +1,4 @@
-"""Call something after every optimizer step that was taken, in any training loop."""
+"""Call something around every optimizer step, in any training loop."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ def unwrap(optimizer: Any) -> Optimizer:
             f"number of steps attach(optimizer, every=10)."
         )
     return inner
+
+
+def before_steps(optimizer: Any, act: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Run `act(optimizer)` just before every step, when the gradients are there: with a closure, behind that."""
+
+    def pre_hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> Any:
+        given = arguments[1] if len(arguments) > 1 else keywords.get("closure")
+        if given is None:
+            act(optimizer)
+            return None
+
+        def closure(*several: Any, **named: Any) -> Any:
+            loss = given(*several, **named)
+            act(optimizer)
+            return loss
+
+        if len(arguments) > 1:
+            return (arguments[0], closure, *arguments[2:]), keywords
+        return arguments, {**keywords, "closure": closure}
+
+    return unwrap(optimizer).register_step_pre_hook(torch.compiler.disable(pre_hook))
 
 
 def around_steps(

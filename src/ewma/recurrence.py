@@ -48,7 +48,8 @@ class Recurrence:
     """Time, weight and count of one running mean, and from them the coefficient of the next update.
 
     The weight is the share of the profile's mass that has been seen: `1 - decay ** time` for an exponential by time.
-    It is kept in two floats, weight + residue, so that a million updates leave it right to the last bits.
+    It is kept in two floats, weight + residue, so that a million updates leave it right to the last bits. The
+    concentration is the sum of all values' squared shares of the mean: 1 for a single one, 1 / n for n equal ones.
 
     Args:
         profile: how the past is weighted.
@@ -56,7 +57,7 @@ class Recurrence:
             gain = 1 (pandas).
         time: what had passed before the first update. More than 0 where an average begins late in a run.
 
-    All four numbers are floats. `on_device` turns them into 0-dim float64 tensors, for where only the device knows
+    All numbers are floats. `on_device` turns them into 0-dim float64 tensors, for where only the device knows
     whether a step was taken: the same arithmetic then runs there, and nothing waits for it.
 
     >>> recurrence = Recurrence(Exponential(alpha=0.5), weigh="time")
@@ -64,8 +65,8 @@ class Recurrence:
     ([1.0, 0.6667, 0.5714], 0.875)
     """
 
-    __slots__ = ("count", "profile", "residue", "time", "weigh", "weight")
-    NUMBERS = ("time", "weight", "residue", "count")
+    __slots__ = ("concentration", "count", "profile", "residue", "time", "weigh", "weight")
+    NUMBERS = ("time", "weight", "residue", "count", "concentration")
 
     def __init__(self, profile: Profile, weigh: Weigh = "time", time: float = 0.0) -> None:
         self.profile = profile
@@ -74,6 +75,7 @@ class Recurrence:
         self.weight: Scalar = 0.0
         self.residue: Scalar = 0.0
         self.count: Scalar = 0.0
+        self.concentration: Scalar = 0.0
 
     def terms(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """`(keep, 1 - keep, gain)` of the update that ends at `time`, by the rule in force."""
@@ -100,8 +102,10 @@ class Recurrence:
         # Where most is lost, what is left is too small a difference of what was: see `carry`, which this extends.
         weight = choose(lost > 0.5, keep * self.weight + gain, weight)
         residue = choose(lost > 0.5, 0.0 * weight, residue)
-        self._become(taken, (time, weight, residue, self.count + 1.0))
         coefficient = choose(weight == 0.0, 1.0, gain / choose(weight == 0.0, 1.0, weight))
+        kept = 1.0 - coefficient
+        concentration = kept * kept * self.concentration + coefficient * coefficient
+        self._become(taken, (time, weight, residue, self.count + 1.0, concentration))
         return choose(taken, coefficient, 0.0)
 
     def miss(self, elapsed: float) -> None:
@@ -124,7 +128,7 @@ class Recurrence:
                 setattr(self, name, like.double().new_full((), getattr(self, name)))
 
     def numbers(self) -> dict[str, float]:
-        """The four as floats: all there is to save. Waits for the device, where they are on one."""
+        """All as floats: what there is to save. Waits for the device, where they are on one."""
         return {name: float(getattr(self, name)) for name in self.NUMBERS}
 
     def load(self, numbers: dict[str, float]) -> None:
@@ -142,7 +146,8 @@ class Recurrence:
     def begin_now(self) -> Recurrence:
         """A recurrence that has seen nothing, at the time it is here: for an average that begins late in a run."""
         late = self.copy()
-        late.weight, late.residue, late.count = late.weight * 0.0, late.residue * 0.0, late.count * 0.0
+        for name in ("weight", "residue", "count", "concentration"):
+            setattr(late, name, getattr(late, name) * 0.0)
         return late
 
     def kept(self) -> float:
@@ -169,7 +174,9 @@ class Recurrence:
         self.weight, self.residue = _add(kept * self.weight, kept * self.residue + later.residue, later.weight)
         self.time += later.time
         self.count += later.count
-        return later.weight / self.weight if self.weight else 0.0
+        share = later.weight / self.weight if self.weight else 0.0
+        self.concentration = (1.0 - share) ** 2 * self.concentration + share**2 * later.concentration
+        return share
 
 
 def _add(total: Scalar, residue: Scalar, change: Scalar) -> tuple[Scalar, Scalar]:

@@ -257,7 +257,8 @@ INLINE size_t lerp_range(
                 if (update->sets > 1)
                     square_block((char *)(uintptr_t)row->averages[1] + offset, values, (int)n,
                                  update->set[0].coefficient, update->guard, average_dtype, value_dtype);
-                filter_block(values, (char *)(uintptr_t)row->averages[0] + offset, (int)n, update, average_dtype,
+                if (update->raw != 1.0 || update->slow != 0.0)
+                    filter_block(values, (char *)(uintptr_t)row->averages[0] + offset, (int)n, update, average_dtype,
                              value_dtype);
             }
             start += n;

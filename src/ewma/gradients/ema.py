@@ -1,0 +1,419 @@
+"""GradientEMA: an average of every gradient, and with it the gradient that the optimizer gets to see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from ewma import files, hooks, kernels, profiles
+from ewma.gradients import noise
+from ewma.names import mismatch, named_tensors
+from ewma.profiles import Profile
+from ewma.recurrence import Recurrence
+from ewma.shards import local, summed
+from ewma.tracks import Track
+
+GROUP_KEY = "gradient_ema"
+
+
+class GradientEMA:
+    """Sets each gradient to `raw * gradient + slow * average` just before every optimizer step.
+
+        average' = average + c * (gradient - average)       c = gain / weight of the profile, right from the first step
+
+    The two numbers make the filter:
+
+        raw  slow
+        0    1       low-pass: the average instead of the gradient (with SGD, that is momentum)
+        1    2       Grokfast: the slow part amplified (with SGD a three times larger learning rate in disguise)
+        1-s  s       a mix, with s from 0 to 1
+        1    -1      high-pass: only what differs from the average
+        1    0       nothing is changed, only measured
+
+    Args:
+        optimizer: any torch optimizer, or accelerate's or Lightning's wrapper of one; except LBFGS.
+        model: names the averages in `state_dict`, by canonical names. Without it they are known by the optimizer's own
+            names, where it was made with `named_parameters()`, else by "group.index".
+        profile: how the past is weighted, where it is not exponential.
+        half_life, decay, alpha, span, com: instead, exactly one, in steps; see `Exponential`.
+        debias: False starts at the first gradient as if it had always been there.
+        raw, slow: the filter; finite numbers.
+        normalize: divide both by `raw + slow`, so that a constant gradient stays what it is.
+        start: for so many steps only average, and leave the gradients alone.
+        nonfinite: "skip" keeps NaN and infinite elements out of the average, and counts them in `skipped`; in the
+            filtered gradient they stay, but for raw=0. "propagate" does not look.
+        sparse: "error" refuses sparse gradients, "densify" makes them dense.
+        squares: also average the squared gradients, which `noise_scale` and `snr` need; another buffer per parameter.
+        hook: False leaves it to you to call `apply()`, after backward and before the step.
+
+    A param group with `"gradient_ema": False` is left alone. A parameter without a gradient at a step keeps its average
+    and its time; one that gets its first late starts then. Averages are float32 (float64 of float64), whatever the
+    gradients are. Gradients are changed in place, where the optimizer, DDP and CUDA graphs know them. Under GradScaler
+    averages are of the unscaled gradients, and a step that it skips changes nothing.
+
+    Clip before it (`clip_grad_norm_` after backward) and the filtered gradient may be larger than the limit, up to
+    `|raw| + |slow|` times. To clip what it makes, pass hook=False, call `apply()`, then clip, then step.
+
+    Source: Grokfast, arXiv 2405.20233, equations 4 to 8, without its start at zero. Beside it: AdEMAMix's slow average
+    enters the numerator of Adam's step only, while here Adam's second moment sees the filtered gradient too; an
+    optimizer's own momentum is `slow` alone, inside the step.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> ema = GradientEMA(optimizer, decay=0.98, raw=1.0, slow=2.0)
+    >>> weight.grad = torch.ones(2)
+    >>> optimizer.step()
+    >>> weight.grad
+    tensor([3., 3.])
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        model: nn.Module | None = None,
+        profile: Profile | None = None,
+        *,
+        half_life: float | None = None,
+        decay: float | None = None,
+        alpha: float | None = None,
+        span: float | None = None,
+        com: float | None = None,
+        debias: bool = True,
+        raw: float = 0.0,
+        slow: float = 1.0,
+        normalize: bool = False,
+        start: int = 0,
+        nonfinite: Literal["skip", "propagate"] = "skip",
+        sparse: Literal["error", "densify"] = "error",
+        squares: bool = False,
+        hook: bool = True,
+    ) -> None:
+        self.optimizer = hooks.unwrap(optimizer)
+        if isinstance(self.optimizer, LBFGS):
+            raise TypeError(
+                "GradientEMA cannot filter LBFGS: it evaluates its closure many times a step, along a line on which it "
+                "needs the gradient of the loss itself. Use another optimizer, or LBFGS without GradientEMA."
+            )
+        if not (model is None or isinstance(model, nn.Module)):
+            raise TypeError(
+                f"expected the model whose names to use, an nn.Module; got {type(model).__name__}. A half-life goes by "
+                f"name: GradientEMA(optimizer, half_life=...)."
+            )
+        knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
+        self.track = Track(profiles.resolve("GradientEMA(optimizer, ", profile, debias, **knobs))
+        self.raw, self.slow = _mix(raw, slow, normalize)
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise ValueError(f"start must be a whole number of steps, 0 or more; got {start!r}")
+        for name, value, choices in (
+            ("nonfinite", nonfinite, ("skip", "propagate")),
+            ("sparse", sparse, ("error", "densify")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        self.model, self.start = model, start
+        self.guard, self.densify = nonfinite == "skip", sparse == "densify"
+        self.squares: dict[str, Tensor] | None = {} if squares else None
+        self.seen = 0
+        self._skipped: Any = 0
+        self._names: dict[int, str] = {}
+        self._owners: list[nn.Parameter] = []
+        self._signature: list[Any] = []
+        self._plan: list[tuple[Recurrence, kernels.Filter, list[int]]] = []
+        self._handle = hooks.before_steps(self.optimizer, self._before_step) if hook else None
+
+    def __repr__(self) -> str:
+        return f"GradientEMA({self.profile!r}, raw={self.raw:g}, slow={self.slow:g}, count={self.count})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    @property
+    def profile(self) -> Profile:
+        """How the past is weighted."""
+        return self.track.profile
+
+    @property
+    def count(self) -> int:
+        """How many steps were averaged. (Waits for the device where only it knows: under a fused GradScaler.)"""
+        return int(self.track.clock.count)
+
+    @property
+    def skipped(self) -> int:
+        """How many elements were kept out so far, being NaN or infinite. Waits for the device."""
+        return int(self._skipped + sum((filtering.skipped for _, filtering, _ in self._plan), start=0))
+
+    def detach(self) -> None:
+        """Leave the optimizer's gradients alone from now on. The averages stay. Also at the end of a `with`."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def apply(self) -> None:
+        """Filter the gradients that are there now, once: what the hook does before a step. For `hook=False`."""
+        self._filter(None, None)
+
+    def reset(self) -> None:
+        """Forget everything: the next step is the first."""
+        self._drop_plan()
+        self.track = Track(self.profile)
+        self.squares = None if self.squares is None else {}
+        self.seen, self._skipped = 0, 0
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and average of each gradient so far. These are the averages themselves: clone one to keep it."""
+        yield from self.track.averages.items()
+
+    def norm(self) -> Tensor:
+        """The norm of the slow gradient over all parameters: a 0-dim float64 tensor, not waited for. Collective where
+        parameters are sharded."""
+        return sum((self._square(average) for average in self._seen_averages().values()), start=_zero()).sqrt()
+
+    def cosine(self) -> Tensor:
+        """The cosine between the slow gradient and the one that is there now: ask after backward, before the step."""
+        across, size = _zero(), _zero()
+        averages = self._seen_averages()
+        for name, parameter, gradient in self._present():
+            if name in averages:
+                across = across + noise.product(gradient, averages[name], parameter)
+                size = size + noise.product(gradient, gradient, parameter)
+        return across / (size.sqrt() * self.norm())
+
+    def noise_scale(self, batch_size: float) -> Tensor:
+        """The simple noise scale: at how many samples a batch's gradient is as noisy as it is large.
+
+            tr(S) / |G|^2 = batch_size * (V - M) / (M - q V)      M = |average|^2, V = sum of the averages of squares
+
+        q is the sum of the squared weights of all steps. Both estimates are ratios' parts, averaged each on its own.
+
+        Args:
+            batch_size: samples behind each gradient, over all ranks and accumulated batches.
+
+        Needs squares=True. Right where the gradient drifts little within the half-life; noisy below half-lives of
+        some 30 steps. A 0-dim float64 tensor, not waited for. Source: McCandlish et al. 2018, arXiv 1812.06162,
+        appendix A. Beside it: `NoiseScale` for who has gradients of two batch sizes.
+        """
+        signal, spread = _zero(), _zero()
+        for mean, square, concentration in self._moments().values():
+            signal = signal + (mean - concentration * square) / (1.0 - concentration)
+            spread = spread + (square - mean) / (1.0 - concentration)
+        return batch_size * spread / signal
+
+    def snr(self) -> dict[str, Tensor]:
+        """The signal-to-noise ratio of each parameter's gradient, `|G|^2 / tr(S of a batch)`: 0-dim float64 tensors.
+
+        Needs squares=True; NaN until two steps were seen.
+        """
+        return {name: (mean - q * square) / (square - mean) for name, (mean, square, q) in self._moments().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming bit for bit needs: tensors, numbers and strings only, by name."""
+        return {
+            "format": files.FORMAT,
+            "kind": "GradientEMA",
+            "seen": self.seen,
+            "skipped": self.skipped,
+            **self.track.clock_state(),
+            "averages": dict(self.track.averages),
+            "squares": dict(self.squares or {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what `state_dict` gave; nothing changes unless all of it fits this optimizer's parameters."""
+        what = "GradientEMA.load_state_dict"
+        files.check_format(what, state, "GradientEMA")
+        saved = profiles.from_json(state["profile"])
+        if saved != self.profile:
+            raise ValueError(
+                f"{what}: saved with {saved!r}, but this GradientEMA has {self.profile!r}. Nothing was loaded. Make it "
+                f"with the saved profile to go on."
+            )
+        if self.squares is not None and state["averages"] and not state["squares"]:
+            raise ValueError(f"{what}: squares=True, but the state was saved without them. Nothing was loaded.")
+        mine = {name: tuple(parameter.shape) for name, parameter in self._parameters()}
+        came = {name: tuple(average.shape) for name, average in state["averages"].items()}
+        known = {name: shape for name, shape in mine.items() if name in came}
+        hint = "Nothing was loaded. Pass model= as when it was saved, and an optimizer with the same groups."
+        if problem := mismatch(f"{what}: the saved averages are not of these parameters", known, came, hint):
+            raise ValueError(problem)
+        self._drop_plan()
+        with torch.no_grad():
+            self.track.load(state["averages"], state, saved)
+            if self.squares is not None:
+                self.squares = {name: square.clone() for name, square in state["squares"].items()}
+        self.seen, self._skipped = state["seen"], state["skipped"]
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        self._filter(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    @torch.no_grad()
+    def _filter(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Average and filter.
+
+        Args:
+            scale, found_inf: of a GradScaler that leaves scaling and skipping to a fused optimizer.
+        """
+        taken = None
+        if found_inf is not None and found_inf.is_cpu:
+            if found_inf.item():
+                return
+        elif found_inf is not None:
+            taken = found_inf.reshape(()) == 0.0
+        factor = scale.item() if scale is not None and scale.is_cpu else scale
+        present = self._present()
+        with torch.inference_mode(False):
+            self._prepare(present)
+        raw, slow = (self.raw, self.slow) if self.seen >= self.start else (1.0, 0.0)
+        elapsed = 1.0 if taken is None else taken.double()
+        clocks = {id(clock): clock for clock in (self.track.clock, *(clock for clock, _, _ in self._plan))}
+        coefficients = {number: clock.advance(elapsed) for number, clock in clocks.items()}
+        for clock, filtering, places in self._plan:
+            gradients = [_real(present[place][2]) for place in places]
+            filtering(gradients, coefficients[id(clock)], raw, slow, factor, taken)
+        self.track.updated = True
+        self.seen += 1
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All of the optimizer's parameters by name."""
+        owners = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if len(owners) != len(self._owners) or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
+            self._owners, self._names = owners, self._name_all()
+        for parameter in owners:
+            yield self._names[id(parameter)], parameter
+
+    def _name_all(self) -> dict[int, str]:
+        names: dict[int, str] = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            own = group.get("param_names")
+            for place, parameter in enumerate(group["params"]):
+                names[id(parameter)] = own[place] if own else f"{number}.{place}"
+        if self.model is not None:
+            names |= {id(named.tensor): named.name for named in named_tensors(self.model) if id(named.tensor) in names}
+        if len(set(names.values())) < len(names):
+            raise ValueError("two of the optimizer's parameters have the same name: pass model= to name them")
+        return names
+
+    def _present(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """Name, parameter and this rank's part of the gradient, of all that have one now and are not left alone."""
+        off = {
+            id(parameter)
+            for group in self.optimizer.param_groups
+            if not group.get(GROUP_KEY, True)
+            for parameter in group["params"]
+        }
+        present = []
+        for name, parameter in self._parameters():
+            if parameter.grad is None or id(parameter) in off:
+                continue
+            if parameter.grad.layout != torch.strided:
+                if not self.densify:
+                    raise TypeError(
+                        f"{name}: its gradient is sparse, and an average of it would be dense, as large as the "
+                        f'parameter. Pass sparse="densify" if that is meant, or leave its param group alone with '
+                        f'"{GROUP_KEY}": False.'
+                    )
+                parameter.grad = parameter.grad.to_dense()
+            present.append((name, parameter, local(parameter.grad)))
+        return present
+
+    def _prepare(self, present: list[tuple[str, nn.Parameter, Tensor]]) -> None:
+        """Prepare one filter for all gradients that share a clock, dtype and device, where it is not prepared yet."""
+        signature = [(name, gradient.dtype, gradient.shape, gradient.device) for name, _, gradient in present]
+        if signature == self._signature:
+            return
+        self._drop_plan()
+        self.track.begin(
+            {
+                name: _nothing_yet(parameter.grad)
+                for name, parameter, _ in present
+                if name not in self.track.averages and parameter.grad is not None
+            }
+        )
+        self.track.stop({name for name, _, _ in present})
+        groups: dict[Any, list[int]] = {}
+        for place, (name, parameter, gradient) in enumerate(present):
+            average = self.track.averages[name]
+            if average.shape != parameter.shape:
+                raise ValueError(
+                    f"{name}: expected a gradient of shape {list(average.shape)}, as it was averaged so far; got "
+                    f"{list(parameter.shape)}. If that is meant, call reset() to begin anew."
+                )
+            if self.squares is not None and name not in self.squares:
+                self.squares[name] = torch.full_like(average, math.nan)
+            kind = (id(self.track.clock_of(name)), gradient.dtype, gradient.device)
+            groups.setdefault(kind, []).append(place)
+        for places in groups.values():
+            names = [present[place][0] for place in places]
+            averages = [_real(local(self.track.averages[name])) for name in names]
+            squares = None if self.squares is None else [_real(local(self.squares[name])) for name in names]
+            filtering = kernels.filter(averages, squares, self.guard)
+            self._plan.append((self.track.clock_of(names[0]), filtering, places))
+        self._signature = signature
+
+    def _drop_plan(self) -> None:
+        self._skipped = self._skipped + sum((filtering.skipped for _, filtering, _ in self._plan), start=0)
+        self._plan, self._signature = [], []
+
+    def _seen_averages(self) -> dict[str, Tensor]:
+        if not self.track.averages:
+            raise RuntimeError("GradientEMA has seen no gradient yet; ask after the first optimizer step")
+        return self.track.averages
+
+    def _square(self, average: Tensor) -> Tensor:
+        return noise.product(local(average), local(average), average)
+
+    def _moments(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
+        """Of each parameter |average|^2, the sum of the averages of squares, and the concentration of their weights."""
+        averages = self._seen_averages()
+        if self.squares is None:
+            raise RuntimeError(
+                "this needs the averages of the squared gradients, which were not kept: GradientEMA(..., squares=True)"
+            )
+        return {
+            name: (
+                self._square(average),
+                summed(torch.nansum(local(self.squares[name]), dtype=torch.float64), average),
+                self.track.clock_of(name).concentration,
+            )
+            for name, average in averages.items()
+            if name in self.squares
+        }
+
+
+def _mix(raw: Any, slow: Any, normalize: bool) -> tuple[float, float]:
+    for name, value in (("raw", raw), ("slow", slow)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number; got {value!r}")
+    if not normalize:
+        return float(raw), float(slow)
+    if raw + slow == 0.0:
+        raise ValueError(
+            f"normalize=True divides by raw + slow, which is 0 for raw={raw:g} and slow={slow:g}: a high-pass leaves "
+            f"nothing of a constant gradient to normalize by. Leave normalize out."
+        )
+    return float(raw) / float(raw + slow), float(slow) / float(raw + slow)
+
+
+def _nothing_yet(gradient: Tensor) -> Tensor:
+    """Room for a gradient's average, which has seen nothing."""
+    real = gradient.dtype.to_real() if gradient.is_complex() else gradient.dtype
+    wide = torch.float64 if real == torch.float64 else torch.float32
+    dtype = wide.to_complex() if gradient.is_complex() else wide
+    nothing = complex(math.nan, math.nan) if gradient.is_complex() else math.nan
+    return torch.full_like(gradient, nothing, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _zero() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)

@@ -1,0 +1,287 @@
+"""SpikeGuard: a gradient norm or a loss that leaps out of its own past is cut back to what was usual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ewma import files, hooks, profiles
+from ewma.profiles import Profile, Scalar, choose
+from ewma.recurrence import Recurrence
+from ewma.shards import local
+
+LEAST = 1.5
+"""Up to so many times the usual value nothing is a spike, however quiet it was before."""
+
+
+class SpikeGuard:
+    """Cuts a gradient norm (or a loss) that is `z` standard deviations above its running mean back to that height.
+
+        l = log(norm)       limit = mean + max(z * sigma, log 1.5)      factor = min(1, exp(limit - l))
+        mean, sigma: running mean and standard deviation of min(l, limit)
+
+    Mean and variance are debiased, and what enters them is the value after the cut, so that one spike does not make
+    room for the next. What is NaN or infinite never enters. Only large values are cut.
+
+        guard = SpikeGuard().attach(optimizer)              # scales gradients before every step
+
+        guard = SpikeGuard()
+        loss = loss * guard.update(loss.detach())           # or by hand, with a loss
+
+    Args:
+        z: from how many standard deviations above the mean on a value is a spike.
+        warmup: how many values are only watched before the first may be cut.
+        log: watch the logarithm, of values above 0. None: yes for the norms that `attach` watches, no for what `update`
+            is given, such as a loss, whose limit is `mean + max(z * sigma, |mean| / 2)`.
+        profile, half_life, decay, alpha, span, com: how the past is weighted, in steps; by default half_life=25.
+        all_reduce: in a process group, watch the mean over all ranks, so that all decide alike. True for the default
+            group, or a group. Gradients that DDP has averaged, and those of sharded parameters, agree without.
+
+    Nothing waits for the device, save `attach(..., skip=True)` where it says so. `clipped` counts.
+
+    Source: the z-score of ZClip, arXiv 2504.02507, which a single NaN turns off for good and whose mean is moved by the
+    spikes themselves; the cut value in the average as in AdaGC, arXiv 2502.11034. Beside it: `clip_grad_norm_` needs a
+    limit that is right for the whole run.
+
+    >>> guard = SpikeGuard(warmup=5)
+    >>> for loss in (1.0, 1.1, 0.9, 1.0, 1.1, 0.9): factor = guard.update(loss)
+    >>> factor, round(guard.update(10.0), 3), guard.clipped
+    (1.0, 0.154, 1)
+    """
+
+    def __init__(
+        self,
+        z: float = 6.0,
+        warmup: int = 25,
+        *,
+        log: bool | None = None,
+        profile: Profile | None = None,
+        half_life: float | None = None,
+        decay: float | None = None,
+        alpha: float | None = None,
+        span: float | None = None,
+        com: float | None = None,
+        all_reduce: bool | dist.ProcessGroup = False,
+    ) -> None:
+        if isinstance(z, bool) or not isinstance(z, int | float) or not 0.0 < z < math.inf:
+            raise ValueError(f"z must be a finite number above 0, of standard deviations; got {z!r}")
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 2:
+            raise ValueError(f"warmup must be a whole number of values, 2 or more for a deviation; got {warmup!r}")
+        knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
+        if profile is None and all(knob is None for knob in knobs.values()):
+            knobs["half_life"] = 25.0
+        self.z, self.warmup, self.log = float(z), warmup, log
+        self.all_reduce = all_reduce
+        self.clock = Recurrence(profiles.resolve("SpikeGuard(", profile, True, **knobs))
+        self.mean: Scalar = 0.0
+        self.variance: Scalar = 0.0
+        self._clipped: Scalar = 0.0
+        self._missing: Scalar = 0.0
+        self._handles: list[RemovableHandle] = []
+
+    def __repr__(self) -> str:
+        return f"SpikeGuard(z={self.z:g}, warmup={self.warmup}, count={self.count}, clipped={self.clipped})"
+
+    @property
+    def profile(self) -> Profile:
+        """How the past is weighted."""
+        return self.clock.profile
+
+    @property
+    def count(self) -> int:
+        """How many values have entered the average. Waits for the device."""
+        return int(self.clock.count)
+
+    @property
+    def clipped(self) -> int:
+        """How many values were cut, or their steps skipped. Waits for the device."""
+        return int(self._clipped)
+
+    @property
+    def missing(self) -> int:
+        """How many values were NaN or infinite. Waits for the device."""
+        return int(self._missing)
+
+    def update(self, value: Any) -> Any:
+        """Take in one value; gives the factor that cuts it back: 1 where it is no spike, or no number.
+
+        Args:
+            value: a number, or a tensor of one element; of a tensor on a device the factor is a 0-dim tensor there, and
+                nothing waits for it.
+        """
+        return self._watch(value, bool(self.log))[0]
+
+    def attach(self, optimizer: Any, skip: bool = False) -> Self:
+        """Watch the norm of all of an optimizer's gradients before every step, and scale them back at a spike.
+
+        Args:
+            skip: leave out the whole step instead, at a spike or where the norm is no finite number. A fused optimizer
+                is told on the device (`found_inf`); for others the gradients are set to None, which has to wait for the
+                device once a step: a gradient of zero would still move AdamW.
+
+        Without skip a gradient that is not finite is left as it is. Attach it before a GradientEMA to cut what that one
+        averages, after it to cut what it makes.
+        """
+        if self._handles:
+            raise RuntimeError("this SpikeGuard is attached already; call guard.detach() before attaching it elsewhere")
+        inner = hooks.unwrap(optimizer)
+
+        def act(optimizer: Optimizer) -> None:
+            self._before_step(optimizer, skip)
+
+        def forget(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+            if optimizer.__dict__.pop("_ewma_skips", False):
+                del optimizer.found_inf  # type: ignore[attr-defined]  # torch's own name for it
+
+        self._handles = [hooks.before_steps(inner, act), inner.register_step_post_hook(torch.compiler.disable(forget))]
+        return self
+
+    def detach(self) -> None:
+        """Stop watching the optimizer. What was learned stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """All there is to save: numbers and strings."""
+        return {
+            "format": files.FORMAT,
+            "kind": "SpikeGuard",
+            "profile": self.profile.to_json(),
+            "clock": self.clock.numbers(),
+            **{name: float(getattr(self, name)) for name in ("mean", "variance", "_clipped", "_missing")},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, without a new warm-up."""
+        what = "SpikeGuard.load_state_dict"
+        files.check_format(what, state, "SpikeGuard")
+        saved = profiles.from_json(state["profile"])
+        if saved != self.profile:
+            raise ValueError(
+                f"{what}: saved with {saved!r}, but this guard has {self.profile!r}. Nothing was loaded. Make it with "
+                f"the saved profile to go on."
+            )
+        self.clock = Recurrence(saved)
+        self.clock.load(state["clock"])
+        for name in ("mean", "variance", "_clipped", "_missing"):
+            setattr(self, name, state[name])
+
+    def _watch(self, value: Any, log: bool) -> tuple[Scalar, Scalar, Scalar]:
+        """The factor, whether the value is a spike, and whether it is a number: floats, or tensors on a device."""
+        if isinstance(value, Tensor):
+            value = value.detach().reshape(()).double()
+            value = self._over_ranks(value)
+            value = value.item() if value.is_cpu else value
+        else:
+            value = float(value)
+        height = _logarithm(value) if log else value
+        known = abs(height) < math.inf  # False for NaN
+        height = choose(known, height, self.mean)
+        sigma = _root(self._unbiased())
+        least = math.log(LEAST) if log else (LEAST - 1.0) * abs(self.mean)
+        limit = self.mean + _larger(self.z * sigma, least)
+        spikes = known & (height > limit) & (self.clock.count >= self.warmup)
+        height = choose(spikes, limit, height)
+        taken = choose(known, 1.0, 0.0)
+        if not isinstance(value, float):
+            self._on_device(value)
+        self._take(height, taken)
+        self._clipped = self._clipped + choose(spikes, 1.0, 0.0)
+        self._missing = self._missing + choose(known, 0.0, 1.0)
+        if log:
+            factor = choose(spikes, _exponential(height - _logarithm(choose(known, value, 1.0))), 1.0)
+        else:
+            factor = choose(spikes, _larger(limit, 0.0) / choose(spikes, value, 1.0), 1.0)
+        return factor, spikes, known
+
+    def _take(self, height: Scalar, taken: Scalar) -> None:
+        if isinstance(taken, float) and not taken:
+            return
+        coefficient = self.clock.advance(taken)
+        step = height - self.mean
+        self.variance = (1.0 - coefficient) * (self.variance + coefficient * step * step)
+        self.mean = self.mean + coefficient * step
+
+    def _unbiased(self) -> Scalar:
+        """The variance of what has entered; 0 until two values have."""
+        spread = 1.0 - self.clock.concentration
+        some = spread > 1e-12
+        return choose(some, self.variance / choose(some, spread, 1.0), 0.0)
+
+    def _on_device(self, like: Tensor) -> None:
+        self.clock.on_device(like)
+        for name in ("mean", "variance", "_clipped", "_missing"):
+            if isinstance(getattr(self, name), float):
+                setattr(self, name, like.new_full((), getattr(self, name)))
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        if not self.all_reduce or not dist.is_initialized():
+            return value
+        group = None if self.all_reduce is True else self.all_reduce
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+        return value / dist.get_world_size(group)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, skip: bool) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return
+        norm = _norm(gradients)
+        scale = getattr(optimizer, "grad_scale", None)
+        factor, spikes, known = self._watch(norm if scale is None else norm / scale, self.log is not False)
+        if skip:
+            self._skip(optimizer, gradients, spikes, known)
+        elif not (isinstance(factor, float) and factor == 1.0):
+            for gradient in gradients:
+                local(gradient).mul_(factor)
+
+    def _skip(self, optimizer: Optimizer, gradients: list[Tensor], spikes: Any, known: Any) -> None:
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.defaults.get("fused"):
+            skips = torch.as_tensor(spikes | ~torch.as_tensor(known), device=gradients[0].device)
+            found = getattr(optimizer, "found_inf", None)
+            if found is None:
+                optimizer.__dict__["_ewma_skips"] = True
+                found = torch.zeros((), dtype=torch.float32, device=skips.device)
+            optimizer.found_inf = torch.maximum(found, skips.reshape(found.shape).to(found))  # type: ignore[attr-defined]
+        elif bool(spikes) or not bool(known):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients, over all ranks where they are sharded: a 0-dim tensor."""
+    parts: list[Tensor] = []
+    for gradient in gradients:
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        part = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+        parts.append(part.full_tensor() if hasattr(part, "full_tensor") else part)
+    whole: Tensor = torch.linalg.vector_norm(torch.stack([part.double().to(parts[0].device) for part in parts]))
+    return whole
+
+
+def _logarithm(x: Scalar) -> Scalar:
+    if isinstance(x, float):
+        return math.log(x) if x > 0.0 else math.nan
+    return x.log()
+
+
+def _exponential(x: Scalar) -> Scalar:
+    return math.exp(x) if isinstance(x, float) else x.exp()
+
+
+def _root(x: Scalar) -> Scalar:
+    return math.sqrt(x) if isinstance(x, float) else x.sqrt()
+
+
+def _larger(x: Scalar, y: Scalar) -> Scalar:
+    return choose(x > y, x, y)
