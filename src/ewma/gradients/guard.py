@@ -25,10 +25,11 @@ class SpikeGuard:
     """Cuts a gradient norm (or a loss) that is `z` standard deviations above its running mean back to that height.
 
         l = log(norm)       limit = mean + max(z * sigma, log 1.5)      factor = min(1, exp(limit - l))
-        mean, sigma: running mean and standard deviation of min(l, limit)
+        mean: running mean of min(l, limit)      sigma: running standard deviation of all that was not cut
 
-    Mean and variance are debiased, and what enters them is the value after the cut, so that one spike does not make
-    room for the next. What is NaN or infinite never enters. Only large values are cut.
+    Mean and variance are debiased. A spike enters the mean as what it was cut to, and leaves the deviation as it was:
+    one spike does not make room for the next, and a height that stays is followed in a hundred steps or so. What is NaN
+    or infinite never enters. Only large values are cut.
 
         guard = SpikeGuard().attach(optimizer)              # scales gradients before every step
 
@@ -175,15 +176,15 @@ class SpikeGuard:
             setattr(self, name, state[name])
 
     def _watch(self, value: Any, log: bool) -> tuple[Scalar, Scalar, Scalar]:
-        """The factor, whether the value is a spike, and whether it is a number: floats, or tensors on a device."""
+        """The factor, whether the value is a spike, and whether it is finite: floats, or tensors on a device."""
         if isinstance(value, Tensor):
             value = value.detach().reshape(()).double()
-            value = self._over_ranks(value)
-            value = value.item() if value.is_cpu else value
-        else:
-            value = float(value)
+        value = self._over_ranks(value)
+        value = value.item() if isinstance(value, Tensor) and value.is_cpu else value
+        value = value if isinstance(value, Tensor) else float(value)
+        finite = abs(value) < math.inf  # False for NaN
         height = _logarithm(value) if log else value
-        known = abs(height) < math.inf  # False for NaN
+        known = abs(height) < math.inf  # a norm of 0 has no logarithm, and is no spike either
         height = choose(known, height, self.mean)
         sigma = _root(self._unbiased())
         least = math.log(LEAST) if log else (LEAST - 1.0) * abs(self.mean)
@@ -193,21 +194,25 @@ class SpikeGuard:
         taken = choose(known, 1.0, 0.0)
         if not isinstance(value, float):
             self._on_device(value)
-        self._take(height, taken)
+        self._take(height, taken, spikes)
         self._clipped = self._clipped + choose(spikes, 1.0, 0.0)
-        self._missing = self._missing + choose(known, 0.0, 1.0)
+        self._missing = self._missing + choose(finite, 0.0, 1.0)
         if log:
             factor = choose(spikes, _exponential(height - _logarithm(choose(known, value, 1.0))), 1.0)
         else:
             factor = choose(spikes, _larger(limit, 0.0) / choose(spikes, value, 1.0), 1.0)
-        return factor, spikes, known
+        return factor, spikes, finite
 
-    def _take(self, height: Scalar, taken: Scalar) -> None:
+    def _take(self, height: Scalar, taken: Scalar, spikes: Scalar) -> None:
         if isinstance(taken, float) and not taken:
             return
+        usual = self._unbiased()
         coefficient = self.clock.advance(taken)
         step = height - self.mean
-        self.variance = (1.0 - coefficient) * (self.variance + coefficient * step * step)
+        # A value cut at z sigma would widen sigma by z^2 / 2 of its share: with z = 6, a few spikes let all others in.
+        as_usual = usual * (1.0 - self.clock.concentration)
+        widened = (1.0 - coefficient) * (self.variance + coefficient * step * step)
+        self.variance = choose(spikes, as_usual, widened)
         self.mean = self.mean + coefficient * step
 
     def _unbiased(self) -> Scalar:
@@ -222,13 +227,13 @@ class SpikeGuard:
             if isinstance(getattr(self, name), float):
                 setattr(self, name, like.new_full((), getattr(self, name)))
 
-    def _over_ranks(self, value: Tensor) -> Tensor:
+    def _over_ranks(self, value: Any) -> Any:
         if not self.all_reduce or not dist.is_initialized():
             return value
         group = None if self.all_reduce is True else self.all_reduce
-        value = value.clone()
-        dist.all_reduce(value, group=group)
-        return value / dist.get_world_size(group)
+        mean = torch.as_tensor(value, dtype=torch.float64).clone()
+        dist.all_reduce(mean, group=group)
+        return mean / dist.get_world_size(group)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, skip: bool) -> None:
@@ -237,22 +242,27 @@ class SpikeGuard:
             return
         norm = _norm(gradients)
         scale = getattr(optimizer, "grad_scale", None)
-        factor, spikes, known = self._watch(norm if scale is None else norm / scale, self.log is not False)
+        factor, spikes, finite = self._watch(norm if scale is None else norm / scale, self.log is not False)
         if skip:
-            self._skip(optimizer, gradients, spikes, known)
+            self._skip(optimizer, gradients, spikes, finite)
         elif not (isinstance(factor, float) and factor == 1.0):
-            for gradient in gradients:
-                local(gradient).mul_(factor)
+            for device in {gradient.device for gradient in gradients}:
+                several = [
+                    gradient if gradient.is_sparse else local(gradient)  # of a sparse one, detach shares no values
+                    for gradient in gradients
+                    if gradient.device == device
+                ]
+                torch._foreach_mul_(several, factor if isinstance(factor, float) else factor.to(device))
 
-    def _skip(self, optimizer: Optimizer, gradients: list[Tensor], spikes: Any, known: Any) -> None:
+    def _skip(self, optimizer: Optimizer, gradients: list[Tensor], spikes: Any, finite: Any) -> None:
         if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.defaults.get("fused"):
-            skips = torch.as_tensor(spikes | ~torch.as_tensor(known), device=gradients[0].device)
+            skips = torch.as_tensor(spikes | ~torch.as_tensor(finite), device=gradients[0].device)
             found = getattr(optimizer, "found_inf", None)
             if found is None:
                 optimizer.__dict__["_ewma_skips"] = True
                 found = torch.zeros((), dtype=torch.float32, device=skips.device)
             optimizer.found_inf = torch.maximum(found, skips.reshape(found.shape).to(found))  # type: ignore[attr-defined]
-        elif bool(spikes) or not bool(known):
+        elif bool(spikes) or not bool(finite):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
