@@ -19,6 +19,7 @@ FLOORS = [
     {
         "kernels": set(),
         "files": set(),
+        "readers": set(),
         "names": set(),
         "shards": set(),
         "weighting": set(),

@@ -1,0 +1,8 @@
+"""Checkpoints of every usual format, opened without being read: names and shapes first, then tensor by tensor."""
+
+from __future__ import annotations
+
+from ewma.readers.base import Checkpoint, Entry
+from ewma.readers.opening import open_checkpoint
+
+__all__ = ["Checkpoint", "Entry", "open_checkpoint"]
