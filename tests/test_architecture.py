@@ -20,6 +20,7 @@ FLOORS = [
         "kernels": set(),
         "files": set(),
         "readers": set(),
+        "pieces": {"files", "readers"},
         "names": set(),
         "shards": set(),
         "weighting": set(),

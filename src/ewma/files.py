@@ -42,8 +42,7 @@ def write(
         # "format": "pt" is what transformers asks of a file before it loads one.
         ours = json.dumps({"format": FORMAT, **metadata})
         save_file(separate, temporary, {"format": "pt", **told, "ewma": ours})
-        _to_disk(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        settle(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -94,12 +93,14 @@ def check_format(what: str, state: Any, kind: str | None = None) -> None:
         raise ValueError(f"{what}: expected the state of {kind}; got that of {state.get('kind')}")
 
 
+def settle(temporary: str) -> None:
+    """Make a written temporary file ready for its place: on the disk, and with the permissions of any new file."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o666 & ~_umask())
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _to_disk(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

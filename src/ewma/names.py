@@ -71,10 +71,19 @@ def canonical(name: str, known: Container[str]) -> str:
     """The name under which a foreign file's tensor is known here: wrappers' prefixes removed where that helps."""
     if name in known:
         return name
-    bare = re.sub(rf"(^|\.)({'|'.join(sorted(_WRAPPED))})(?=\.)", "", name).lstrip(".")
-    while bare not in known and bare.startswith("module."):
-        bare = bare.removeprefix("module.")
-    return bare if bare in known else name
+    shorter = bare(name)
+    while shorter not in known and shorter.startswith("module."):
+        shorter = shorter.removeprefix("module.")
+    return shorter if shorter in known else name
+
+
+def bare(name: str) -> str:
+    """A name without the parts that `torch.compile`, FSDP and activation checkpointing add.
+
+    >>> bare("_orig_mod.layer._checkpoint_wrapped_module.weight")
+    'layer.weight'
+    """
+    return re.sub(rf"(^|\.)({'|'.join(sorted(_WRAPPED))})(?=\.)", "", name).lstrip(".")
 
 
 def mismatch(

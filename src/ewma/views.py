@@ -105,6 +105,13 @@ class Readable(ABC):
         teacher = copy.deepcopy(unwrap(ema.model), memo)
         return teacher.eval().requires_grad_(False)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The averaged model's state dict under canonical names, tied tensors under each of theirs.
+
+        These are the averages themselves, which the next update changes, and beside them what is copied or left raw.
+        """
+        return {name: source for named, source in self._sources() if named.persistent for name in named.names}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the averaged model as safetensors: its whole state dict under canonical names, tied ones under each.
 
@@ -112,7 +119,6 @@ class Readable(ABC):
         and count are in the metadata, and `load` resumes from it bit for bit. The file appears whole or not at all.
         """
         ema, track = self._read()
-        tensors = {name: source for named, source in self._sources() if named.persistent for name in named.names}
         metadata = {
             "kind": "ModelEMA",
             "averaged": [name for named in ema.bind().averaged for name in named.names],
@@ -122,7 +128,7 @@ class Readable(ABC):
             **track.clock_state(),
         }
         told = {"profile": repr(track.profile), "time": str(float(track.clock.time)), "count": str(self.count)}
-        files.write(path, tensors, metadata, told)
+        files.write(path, self.tensors(), metadata, told)
 
     def load(self, path: str | os.PathLike[str], profile: Any = None) -> None:
         """Resume from a file that `save` wrote: averages, clocks and copied buffers. The model itself is not touched.

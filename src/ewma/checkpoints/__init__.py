@@ -1,0 +1,8 @@
+"""Averaged weights in files: of other tools, read and continued; of ours, written for other tools."""
+
+from __future__ import annotations
+
+from ewma.checkpoints.averages import Averages
+from ewma.checkpoints.exporting import export
+
+__all__ = ["Averages", "export"]
