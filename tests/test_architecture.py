@@ -15,14 +15,13 @@ ROOT = Path(importlib.util.find_spec("ewma").submodule_search_locations[0])
 # Each module may import those in lower floors; on one floor only what is named with it.
 FLOORS = [
     {"profiles": set(), "arrays": set()},
-    {"recurrence": set(), "columns": set(), "values": set()},
+    {"recurrence": set(), "columns": set(), "values": set(), "shards": set()},
     {
         "kernels": set(),
         "files": set(),
         "readers": set(),
         "pieces": {"files", "readers"},
         "names": set(),
-        "shards": set(),
         "weighting": set(),
         "stamps": set(),
         "residues": set(),

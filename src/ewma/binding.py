@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ewma import kernels
-from ewma.kernels.noise import word
+from ewma.kernels.noise import GOLDEN, MASK, word
 from ewma.names import Named, named_tensors
 from ewma.places import watch
 from ewma.profiles import Exponential
 from ewma.recurrence import Recurrence
+from ewma.shards import first_element, is_sharded, local, placed_like
 from ewma.tracks import Track
 
 Only: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool] | None
@@ -67,7 +68,8 @@ class Policy:
 
     def fill(self, average: Tensor, tensor: Tensor) -> None:
         """Begin an average at a tensor's values."""
-        average.copy_(tensor)
+        average = local(average)
+        average.copy_(local(tensor))
         if self.guard:
             _real(average).nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan)
 
@@ -163,13 +165,25 @@ class Binding:
                         f"now has shape {list(named.tensor.shape)}. If that is meant, call ema.reset() to begin anew."
                     )
                 else:
-                    track.averages[named.name] = average.to(self.policy.device or named.tensor.device)
+                    track.averages[named.name] = self._placed(named, average)
             track.begin(new)
             track.stop({named.name for named in self.averaged})
             if self.policy.capturable:
                 for clock in (track.clock, *track.clocks.values()):
-                    clock.on_device(next(iter(track.averages.values())).new_empty((), dtype=torch.float64))
+                    clock.on_device(local(next(iter(track.averages.values()))).new_empty((), dtype=torch.float64))
         self._align()
+
+    def _placed(self, named: Named, average: Tensor) -> Tensor:
+        """An average that is there already, moved to where its parameter lies by now."""
+        if is_sharded(average) and not is_sharded(named.tensor):
+            raise RuntimeError(
+                f"{named.name} was sharded at the last update, and now it is whole. If this ModelEMA averages a part "
+                f"of what fully_shard was called on, a forward without a backward has left that part unsharded: call "
+                f"reshard() on the module that was sharded first, or average that one with only=."
+            )
+        if is_sharded(named.tensor):
+            return placed_like(average, named.tensor)
+        return average.to(self.policy.device or named.tensor.device)
 
     def _align(self) -> None:
         """One dtype and layout for a tensor's averages in all tracks; loading one of them may have changed its own."""
@@ -179,7 +193,8 @@ class Binding:
                 dtype = reduce(torch.promote_types, (average.dtype for average in several))
                 for track in self.tracks:
                     aligned = torch.empty_like(several[0], dtype=dtype)
-                    track.averages[named.name] = aligned.copy_(track.averages[named.name])
+                    local(aligned).copy_(local(track.averages[named.name]))
+                    track.averages[named.name] = aligned
 
     def _copy_in(self, copies: dict[str, Tensor]) -> None:
         for named in self.copied:
@@ -191,8 +206,8 @@ class Binding:
                 device,
             ):
                 copies[named.name] = named.tensor.detach().to(device, copy=True)
-        self.copies_to = [copies[named.name] for named in self.copied]
-        self.copies_from = [named.tensor.detach() for named in self.copied]
+        self.copies_to = [local(copies[named.name]) for named in self.copied]
+        self.copies_from = [local(named.tensor) for named in self.copied]
 
     def _updates(self) -> Any:
         """One prepared update for all tensors that share clocks (by their numbers), dtypes and devices."""
@@ -203,9 +218,9 @@ class Binding:
             kind = (named.tensor.dtype, named.tensor.device, average.dtype, average.device)
             groups.setdefault((clocks, kind), []).append(named)
         for (clocks, _), group in groups.items():
-            averages = [[_real(track.averages[named.name]) for named in group] for track in self.tracks]
-            values = [_real(named.tensor.detach()) for named in group]
-            streams = [zlib.crc32(named.name.encode()) for named in group]
+            averages = [[_real(local(track.averages[named.name])) for named in group] for track in self.tracks]
+            values = [_real(local(named.tensor)) for named in group]
+            streams = [_stream(named) for named in group]
             update = kernels.lerp(values, averages, streams, self.policy.guard)
             yield update, clocks, averages[0][0].dtype
 
@@ -216,6 +231,13 @@ class Binding:
                 return number
         self.clocks.append(clock)
         return len(self.clocks) - 1
+
+
+def _stream(named: Named) -> int:
+    """What tells a tensor's random bits from others'. A shard's begin where they would in the whole tensor, so that
+    sharding along the first dimension changes nothing."""
+    whole = 2 if named.tensor.is_complex() else 1
+    return (zlib.crc32(named.name.encode()) + whole * first_element(named.tensor) * GOLDEN) & MASK
 
 
 def _stalls(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: float) -> bool:
@@ -240,8 +262,6 @@ def _check(named: Named) -> None:
             f"{named.name} is still on the meta device and has no values to average. Give the model its weights "
             f"(model.to_empty(device=...), then initialise or load) before the first update."
         )
-    if hasattr(tensor, "to_local"):
-        raise NotImplementedError(f"{named.name} is a DTensor: sharded models are not supported yet")
     if tensor.layout != torch.strided:
         out = "only=" if named.is_parameter else 'buffers="leave"'
         raise TypeError(f"{named.name}: expected a dense tensor; got layout {tensor.layout}. Leave it out with {out}.")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ewma.shards import reshard
+
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.optim.swa_utils.AveragedModel)
 
@@ -41,7 +43,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_tensors(model: nn.Module) -> list[Named]:
-    """Every parameter and buffer once, in the model's order, tied ones with all their names."""
+    """Every parameter and buffer once, in the model's order, tied ones with all their names; FSDP2's as shards."""
+    reshard(model)
     found: dict[int, tuple[list[str], Tensor, bool, bool]] = {}
     owners: dict[str, Tensor] = {}
     for name, tensor, is_parameter, persistent in _walk(model, "", set()):

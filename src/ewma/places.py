@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewma import kernels
+from ewma.shards import is_sharded, local
 
 
 def watch(model: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], bool]:
@@ -20,11 +21,24 @@ def watch(model: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], bool]:
     Args:
         model: its modules' tables of parameters, buffers and submodules are compared, member by member.
         tensors: of these also memory, dtype, shape and strides: a tensor that was given other storage
-            (`p.data = other`), was reshaped in place or resized stays the same object.
+            (`p.data = other`), was reshaped in place or resized stays the same object. Of a DTensor, that of its part
+            here, which may be exchanged as well.
     """
+    moved = _watch(model, [local(tensor) if is_sharded(tensor) else tensor for tensor in tensors])
+    parts = [(tensor, _part(tensor)) for tensor in tensors if is_sharded(tensor)]
+    if not parts:
+        return moved
+    return lambda: moved() or not all(_part(tensor) is part for tensor, part in parts)
+
+
+def _part(tensor: Any) -> Any:
+    """The tensor that a DTensor holds, not a view of it as `to_local` gives: asked at every step."""
+    return tensor._local_tensor
+
+
+def _watch(model: nn.Module, watched: list[Tensor]) -> Callable[[], bool]:
     tables = [table for module in model.modules() for table in (module._parameters, module._buffers, module._modules)]
     members = [member for table in tables for member in table.values()]
-    watched = list(tensors)
     if not kernels.missing():
         from ewma.kernels import _native
 

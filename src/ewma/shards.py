@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: split over ranks, or known to be the same on several."""
+    return hasattr(tensor, "to_local")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -13,14 +19,88 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def reshard(model: nn.Module) -> None:
+    """Make FSDP2 register its sharded parameters again. Communicates nothing.
+
+    After a forward without a backward the whole parameters stay registered: a copy, and what is written there is lost.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
+def first_element(tensor: Tensor) -> int:
+    """The index that this rank's first element has in the whole tensor, counted along its rows."""
+    if not is_sharded(tensor):
+        return 0
+    _, offsets = _chunk(tensor)
+    rows = 1
+    index = 0
+    for size, offset in zip(reversed(tensor.shape), reversed(offsets), strict=True):
+        index += offset * rows
+        rows *= size
+    return index
+
+
+def write(target: Tensor, source: Tensor) -> None:
+    """Copy the source's values into the target's memory, each rank its own part.
+
+    Communicates only where the source is sharded in another way than the target.
+    """
+    local(target).copy_(local(placed_like(source, target)))
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """The same values, placed as `like` is: the tensor itself where it is so already.
+
+    Each rank cuts its part out of a whole tensor; what is sharded in another way is gathered first: collective.
+    """
+    if not is_sharded(tensor) and not is_sharded(like):
+        return tensor
+    if _placement(tensor) == _placement(like):
+        return tensor
+    whole: Any = tensor.detach()
+    if is_sharded(whole):
+        whole = whole.full_tensor()
+    if not is_sharded(like):
+        return whole  # type: ignore[no-any-return]
+    held: Any = like
+    shape, offsets = _chunk(like)
+    for dim, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
+        whole = whole.narrow(dim, min(offset, whole.shape[dim]), size)
+    placed: Tensor = _dtensor().from_local(
+        whole.clone(), held.device_mesh, held.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return placed
+
+
 def summed(part: Tensor, like: Tensor) -> Tensor:
     """What every rank has summed over its own part of `like`, summed over all ranks that hold a part: collective where
     `like` is a DTensor."""
-    if not hasattr(like, "to_local"):
+    if not is_sharded(like):
         return part
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import Partial, Replicate
 
     held: Any = like
     placements = [Replicate() if placement.is_replicate() else Partial() for placement in held.placements]
-    whole: Tensor = DTensor.from_local(part, held.device_mesh, placements, run_check=False).full_tensor()
+    whole: Tensor = _dtensor().from_local(part, held.device_mesh, placements, run_check=False).full_tensor()
     return whole
+
+
+def _dtensor() -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
+
+
+def _placement(tensor: Any) -> Any:
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
+def _chunk(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offsets of this rank's part."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewma.names import unwrap
+from ewma.shards import reshard, write
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # a tensor of the model, and what goes into it
 Stash: TypeAlias = Literal["cpu"] | None
@@ -82,6 +83,7 @@ def raw_weights(model: nn.Module) -> dict[int, Tensor] | None:
     """
     if not _swaps:
         return None
+    reshard(model)
     mine = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
     raw = {key: aside for swap in _swaps.values() for key, (_, aside) in swap.raw.items() if key in mine}
     return raw if raw or unwrap(model) in _swaps else None
@@ -89,4 +91,4 @@ def raw_weights(model: nn.Module) -> dict[int, Tensor] | None:
 
 def _copy_in(pairs: list[Pair]) -> None:
     for live, source in pairs:
-        live.detach().copy_(source)
+        write(live, source)

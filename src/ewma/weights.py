@@ -13,6 +13,7 @@ from ewma import hooks, profiles, states, swapping
 from ewma.binding import Binding, Policy
 from ewma.profiles import Profile
 from ewma.recurrence import check_elapsed
+from ewma.shards import reshard
 from ewma.states import WhichProfile, one_of
 from ewma.tracks import Track
 from ewma.views import Readable, View
@@ -31,8 +32,9 @@ class ModelEMA(Readable):
             validate(model)
 
     Args:
-        model: any nn.Module on one device; before or after `.to()`, `torch.compile` and DDP, or still on meta. Nothing
-            is read from it before the first update.
+        model: any nn.Module; before or after `.to()`, `torch.compile`, DDP, `fully_shard` and `parallelize_module`, or
+            still on meta. Nothing is read from it before the first update. Of what is sharded, each rank averages its
+            part, and an update communicates nothing.
         profile: a profile, or several by name: {"fast": Exponential(half_life=500), "wide": Power(sigma_rel=.1)}.
             They share one pass over the weights; `ema["wide"]` is the view of one.
         half_life, decay, alpha, span, com: instead of `profile`, exactly one (see `Exponential`), in `elapsed`'s unit.
@@ -281,6 +283,8 @@ class ModelEMA(Readable):
             self._rebind_if_moved().run(elapsed, at_most, self.seed)
 
     def _rebind_if_moved(self) -> Binding:
+        if self._binding is not None and self._binding.moved():
+            reshard(self.model)
         if self._binding is None or self._binding.moved():
             if self._binding is not None:
                 self._skipped = self._skipped + self._binding.skipped()
