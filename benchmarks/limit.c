@@ -29,3 +29,12 @@ static uint16_t narrowed(float x)
 LIMIT(float32, float, float, , , )
 LIMIT(bfloat16_into_float32, float, uint16_t, , widened, )
 LIMIT(bfloat16, uint16_t, uint16_t, widened, widened, narrowed)
+
+void filter(float *restrict average, float *restrict gradient, long n, float c, float raw, float slow, int threads)
+{
+    _Pragma("omp parallel for simd num_threads(threads) schedule(dynamic, 1 << 17)")
+    for (long i = 0; i < n; i++) {
+        average[i] += c * (gradient[i] - average[i]);
+        gradient[i] = raw * gradient[i] + slow * average[i];
+    }
+}

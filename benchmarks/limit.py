@@ -54,3 +54,16 @@ def limit(average: Tensor, value: Tensor, coefficient: float) -> Callable[[], ob
     addresses = ctypes.c_void_p(average.data_ptr()), ctypes.c_void_p(value.data_ptr())
     rest = ctypes.c_long(average.numel()), ctypes.c_float(coefficient), ctypes.c_int(torch.get_num_threads())
     return lambda: function(*addresses, *rest)
+
+
+def filter_limit(
+    average: Tensor, gradient: Tensor, coefficient: float, raw: float, slow: float
+) -> Callable[[], object]:
+    """One filtering of a contiguous float32 gradient: two buffers are read, and both are written."""
+    library = compiled()
+    if library is None:
+        raise RuntimeError("without a C compiler there is no limit to compare the filter with")
+    addresses = ctypes.c_void_p(average.data_ptr()), ctypes.c_void_p(gradient.data_ptr())
+    numbers = [ctypes.c_float(number) for number in (coefficient, raw, slow)]
+    threads = ctypes.c_int(torch.get_num_threads())
+    return lambda: library.filter(*addresses, ctypes.c_long(average.numel()), *numbers, threads)

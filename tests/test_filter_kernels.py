@@ -91,12 +91,18 @@ def test_what_is_not_finite_stays_out_and_is_counted(squared: bool) -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_unguarded_it_goes_in() -> None:
+def test_unguarded_it_goes_in_and_stays() -> None:
     gradients, averages = tensors(torch.float32, 1), tensors(torch.float32, 2)
-    gradients[3][0] = torch.nan
+    squares = [average.square() for average in averages]
+    gradients[3][0], averages[4][5] = torch.nan, torch.nan
+    both(gradients, averages, squares, PLAIN[1:], guard=False)
+    both(gradients, averages, None, PLAIN[1:], guard=False)
     prepared = kernels.filter(averages, None, guard=False)
     prepared(gradients, 0.5, 0.0, 1.0)
+    gradients[3][0] = 1.0
+    prepared(gradients, 0.5, 1.0, 1.0)
     assert averages[3][0].isnan()
+    assert gradients[3][0].isnan()
     assert not averages[3][1:].isnan().any()
 
 

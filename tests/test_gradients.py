@@ -219,6 +219,22 @@ def test_what_is_not_finite_is_counted_and_never_enters(raw: float) -> None:
     assert third.tolist() == [raw + 1.0, raw + 1.0, 2.0 * raw + 2.0]
 
 
+@pytest.mark.parametrize("squares", [False, True])
+def test_propagated_what_is_not_finite_stays(squares: bool) -> None:
+    [p] = parameters = weights(2)
+    optimizer = Recorder(parameters)
+    ema = GradientEMA(optimizer, nonfinite="propagate", squares=squares, **SLOW)
+    for _ in range(3):
+        assert step(optimizer, parameters, 1.0)[0].tolist() == [3.0, 3.0]
+    p.grad = torch.tensor([math.nan, 1.0])
+    optimizer.step()
+    assert optimizer.got[-1][0].isnan().tolist() == [True, False]
+    assert step(optimizer, parameters, 1.0)[0].isnan().tolist() == [True, False]
+    assert ema.skipped == 0
+    if squares:
+        assert ema.squares["0.0"].isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_gradients_have_wide_averages(dtype: torch.dtype) -> None:
     parameters = weights(4, dtype=dtype)

@@ -332,7 +332,7 @@ class GradientEMA:
         self._drop_plan()
         self.track.begin(
             {
-                name: _nothing_yet(parameter.grad)
+                name: self._room(parameter.grad)
                 for name, parameter, _ in present
                 if name not in self.track.averages and parameter.grad is not None
             }
@@ -347,7 +347,7 @@ class GradientEMA:
                     f"{list(parameter.shape)}. If that is meant, call reset() to begin anew."
                 )
             if self.squares is not None and name not in self.squares:
-                self.squares[name] = torch.full_like(average, math.nan)
+                self.squares[name] = torch.full_like(average, self._nothing)
             kind = (id(self.track.clock_of(name)), gradient.dtype, gradient.device)
             groups.setdefault(kind, []).append(place)
         for places in groups.values():
@@ -357,6 +357,19 @@ class GradientEMA:
             filtering = kernels.filter(averages, squares, self.guard)
             self._plan.append((self.track.clock_of(names[0]), filtering, places))
         self._signature = signature
+
+    @property
+    def _nothing(self) -> float:
+        """What an average holds that has seen nothing: the guard knows such an element by its NaN."""
+        return math.nan if self.guard else 0.0
+
+    def _room(self, gradient: Tensor) -> Tensor:
+        """Room for a gradient's average, which has seen nothing."""
+        real = gradient.dtype.to_real() if gradient.is_complex() else gradient.dtype
+        wide = torch.float64 if real == torch.float64 else torch.float32
+        dtype = wide.to_complex() if gradient.is_complex() else wide
+        nothing = complex(self._nothing, self._nothing) if gradient.is_complex() else self._nothing
+        return torch.full_like(gradient, nothing, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
 
     def _drop_plan(self) -> None:
         self._skipped = self._skipped + sum((filtering.skipped for _, filtering, _ in self._plan), start=0)
@@ -400,15 +413,6 @@ def _mix(raw: Any, slow: Any, normalize: bool) -> tuple[float, float]:
             f"nothing of a constant gradient to normalize by. Leave normalize out."
         )
     return float(raw) / float(raw + slow), float(slow) / float(raw + slow)
-
-
-def _nothing_yet(gradient: Tensor) -> Tensor:
-    """Room for a gradient's average, which has seen nothing."""
-    real = gradient.dtype.to_real() if gradient.is_complex() else gradient.dtype
-    wide = torch.float64 if real == torch.float64 else torch.float32
-    dtype = wide.to_complex() if gradient.is_complex() else wide
-    nothing = complex(math.nan, math.nan) if gradient.is_complex() else math.nan
-    return torch.full_like(gradient, nothing, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format)
 
 
 def _real(tensor: Tensor) -> Tensor:

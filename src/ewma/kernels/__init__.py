@@ -113,9 +113,10 @@ def filter(averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: 
     """Prepare the filtering of gradients.
 
     Args:
-        averages: dense float32 or float64 tensors of one dtype and device, NaN where nothing was seen yet.
+        averages: dense float32 or float64 tensors of one dtype and device.
         squares: likewise, for the averages of the squared gradients; or None.
-        guard: a non-finite element of a gradient leaves its averages alone and is counted.
+        guard: a non-finite element of a gradient leaves its averages alone and is counted. A NaN that is in an average
+            now marks an element that has seen nothing: it takes its gradient whole, which stays as it is until then.
     """
     devices = {tensor.device.type for tensor in averages[:1]}
     name, why = choose(*devices)

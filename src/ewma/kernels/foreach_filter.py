@@ -16,8 +16,8 @@ from ewma.kernels import Coefficient
 from ewma.kernels.foreach import carefully, packs, tame
 from ewma.kernels.layout import dense, flat
 
-PACK = 1 << 19
-"""In elements."""
+PACK = 1 << 17
+"""In elements: gradients and averages of a pack fit a core's own cache, from which they are read three times."""
 
 
 class Filter:
@@ -34,6 +34,7 @@ class Filter:
         ]
         chosen = packs([part.stop - part.start for _, part in pieces], PACK)
         self.packs = [[pieces[place] for place in pack] for pack in chosen]
+        self.parts = [[self.averages[k][part] for k, part in pack] for pack in self.packs]
         self.calm = [False] * len(self.packs)  # a NaN says that nothing was seen yet
         self.scratch: Tensor | None = None
 
@@ -69,7 +70,7 @@ class Filter:
         taken: Tensor | None,
     ) -> None:
         pack = self.packs[number]
-        averages = [self.averages[k][part] for k, part in pack]
+        averages = self.parts[number]
         values = gradients
         plain = scale is None and taken is None
         if not plain or gradients[0].dtype != averages[0].dtype:
@@ -83,7 +84,7 @@ class Filter:
                 if self.squares is not None:
                     self._average(self.squares[k][part], value.square(), coefficient, taken, counts=False)
             self.calm[number] = averages[0].is_cpu and all(tame([average], average.dtype) for average in averages)
-        if calm or self.calm[number]:
+        if calm or self.calm[number] or not self.guard:
             _mix(values, averages, raw, slow)
         else:
             for average, value in zip(averages, values, strict=True):
@@ -97,14 +98,14 @@ class Filter:
     def _average(
         self, average: Tensor, value: Tensor, coefficient: Coefficient, taken: Tensor | None, counts: bool
     ) -> None:
-        finite = torch.isfinite(value)
         if self.guard and counts:
-            missing = (~finite).sum()
+            missing = (~torch.isfinite(value)).sum()
             self.skipped = self.skipped + (missing if taken is None else missing * taken)
         old = average.clone()
-        moved = carefully(old.clone(), value.clone(), coefficient)
-        if not self.guard:
-            moved = torch.where(finite, moved, value)
+        if self.guard:
+            moved = carefully(old.clone(), value.clone(), coefficient)
+        else:
+            moved = old.lerp(value, coefficient.to(old) if isinstance(coefficient, Tensor) else coefficient)
         average.copy_(moved if taken is None else torch.where(taken, moved, old))
 
     def _converted(self, gradients: list[Tensor], like: Tensor, scale: float | Tensor | None) -> list[Tensor]:

@@ -13,7 +13,7 @@
 #include "native.h"
 
 /* How many elements are averaged into one set before the next, and how many a thread takes at a time. */
-enum { BLOCK = 512, PART = 1 << 17 };
+enum { BLOCK = 256, PART = 1 << 17 };
 
 /* One tensor: where its value lies, how many elements it has, the stream of its random bits, how many elements come
    before it in the list; and where its average lies in each set. */
@@ -168,7 +168,7 @@ INLINE int lerp_block(
     return nearest_in_float(averages, values, n, c, average_dtype, value_dtype);
 }
 
-/* The filter. What an average has not seen yet (NaN) cannot be filtered: such a value stays as it came. */
+/* The filter. Where there is a guard, a NaN is an average that has seen nothing: such a value stays as it came. */
 
 INLINE void write_value(void *to, int i, double x, Dtype dtype)
 {
@@ -181,24 +181,24 @@ INLINE void write_value(void *to, int i, double x, Dtype dtype)
 }
 
 INLINE void filter_in_float(
-    void *restrict values, const float *restrict averages, int n, float raw, float slow, Dtype value_dtype)
+    void *restrict values, const float *restrict averages, int n, float raw, float slow, int guard, Dtype value_dtype)
 {
     INDEPENDENT
     for (int i = 0; i < n; i++) {
         const float value = read_float(values, i, value_dtype), average = averages[i];
         const float filtered = raw == 0.0f ? slow * average : raw * value + slow * average;
-        write_value(values, i, average != average ? value : filtered, value_dtype);
+        write_value(values, i, guard && average != average ? value : filtered, value_dtype);
     }
 }
 
 INLINE void filter_in_double(
-    void *restrict values, const double *restrict averages, int n, double raw, double slow, Dtype value_dtype)
+    void *restrict values, const double *restrict averages, int n, double raw, double slow, int guard, Dtype value_dtype)
 {
     INDEPENDENT
     for (int i = 0; i < n; i++) {
         const double value = read_double(values, i, value_dtype), average = averages[i];
         const double filtered = raw == 0.0 ? slow * average : raw * value + slow * average;
-        write_value(values, i, average != average ? value : filtered, value_dtype);
+        write_value(values, i, guard && average != average ? value : filtered, value_dtype);
     }
 }
 
@@ -209,7 +209,7 @@ INLINE void square_block(
     for (int i = 0; i < n; i++) {
         const double value = read_double(values, i, value_dtype), old = read_double(squares, i, dtype);
         const double square = value * value, limit = dtype == FLOAT64 ? DBL_MAX : FLT_MAX;
-        const double moved = old != old ? square : old + c * (square - old);
+        const double moved = guard && old != old ? square : old + c * (square - old);
         write_value(squares, i, !guard || square <= limit ? moved : old, dtype);
     }
 }
@@ -218,9 +218,9 @@ INLINE void filter_block(
     void *values, const void *averages, int n, const Update *update, Dtype average_dtype, Dtype value_dtype)
 {
     if (average_dtype == FLOAT64)
-        filter_in_double(values, averages, n, update->raw, update->slow, value_dtype);
+        filter_in_double(values, averages, n, update->raw, update->slow, update->guard, value_dtype);
     else if (average_dtype == FLOAT32)
-        filter_in_float(values, averages, n, (float)update->raw, (float)update->slow, value_dtype);
+        filter_in_float(values, averages, n, (float)update->raw, (float)update->slow, update->guard, value_dtype);
 }
 
 /* The elements from `start` to `stop` of all tensors one after the other. Gives how many values stayed out. */

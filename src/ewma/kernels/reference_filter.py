@@ -36,10 +36,13 @@ class Filter:
                 square.copy_(torch.where(happens, self._moved(square.double(), value * value, coefficient), square))
             slowly = average.double()
             filtered = slow * slowly if raw == 0.0 else raw * value + slow * slowly
-            filtered = torch.where(torch.isnan(slowly), value, filtered)
+            if self.guard:
+                filtered = torch.where(torch.isnan(slowly), value, filtered)
             gradient.copy_(torch.where(happens, filtered if scale is None else filtered * scale, gradient.double()))
 
     def _moved(self, old: Tensor, new: Tensor, coefficient: Coefficient) -> Tensor:
-        moved = torch.where(torch.isnan(old), new, old + coefficient * (new - old))
-        largest = torch.finfo(self.averages[0].dtype).max
-        return torch.where(new.abs() <= largest, moved, old) if self.guard else moved
+        moved = old + coefficient * (new - old)
+        if not self.guard:
+            return moved
+        moved = torch.where(torch.isnan(old), new, moved)
+        return torch.where(new.abs() <= torch.finfo(self.averages[0].dtype).max, moved, old)
