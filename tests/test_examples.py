@@ -104,3 +104,20 @@ def test_the_series_example_prints_the_distances_and_draws_a_picture(tmp_path: P
     one_sided, two_sided = (float(line[28:].split()[0]) for line in lines[1:3])
     assert two_sided < one_sided
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gradients_example_prints_two_tables_and_draws_a_picture(tmp_path: Path, capsys):
+    spec = importlib.util.spec_from_file_location("filter_gradients", EXAMPLE.with_name("filter_gradients.py"))
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    threads = torch.get_num_threads()
+    example.main(["--seeds", "1", "--steps", "200", "--out", str(tmp_path / "new")])
+    torch.set_num_threads(threads)
+    printed, progress = capsys.readouterr()
+    rows = {line[:38].strip(): line[38:].split() for line in printed.splitlines() if "±" in line}
+    assert list(rows) == [*example.FILTERS, *example.GUARDS]
+    assert rows["clean batches, SpikeGuard"][:3] == rows["clean batches, no guard"][:3]
+    assert rows["clean batches, SpikeGuard"][3:] == ["0", "0"]
+    assert float(rows["2 % corrupted, no guard"][0]) < float(rows["2 % corrupted, SpikeGuard"][0])
+    assert "11/11" in progress
+    assert (tmp_path / "new" / "gradients.png").read_bytes().startswith(b"\x89PNG")

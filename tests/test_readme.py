@@ -31,15 +31,34 @@ def test_the_example_of_all_three_jobs() -> None:
     average = dict(names["ema"].named_parameters())["weight"]
     assert seen == [average.sum().item()]
     assert names["loss_curve"].count == names["gradients"].count == names["ema"].count == 5
-    assert len([line for line in BLOCKS[0].splitlines() if line]) == 15
+    assert len([line for line in BLOCKS[0].splitlines() if line]) == 12
 
 
 def test_the_series() -> None:
     exec(BLOCKS[1], {"ewma": ewma, "losses": [3.0, 2.0, 2.5]})
 
 
+def test_the_gradients() -> None:
+    exec(BLOCKS[2], {"ewma": ewma, "optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)})
+
+
 def test_the_profiles() -> None:
-    exec(BLOCKS[2], {"ewma": ewma})
+    exec(BLOCKS[3], {"ewma": ewma})
+
+
+def test_the_page_on_gradients(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(4, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    names = {"ewma": ewma, "torch": torch, "model": model, "scaler": scaler, "loss_of": loss_of}
+    names |= {"batch": torch.randn(8, 4), "microbatches": torch.randn(4, 2, 4)}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/gradients.md").read_text(), re.DOTALL):
+        names["optimizer"] = torch.optim.AdamW(model.parameters())
+        exec(block, names)
 
 
 def test_the_page_on_series(tmp_path: Path, monkeypatch) -> None:
