@@ -24,7 +24,7 @@ if NATIVE_MISSING:
 
 from ewma.kernels import _native, compiled_scan
 
-SIZES = [0, 1, 2, 15, 16, 17, 63, 511, 512, 513, 1000, 16323]
+SIZES = [0, 1, 2, 15, 16, 17, 63, 1000, 1007, 1008, 1009, 1024, 16323]
 LOST = [0.0, 1e-6, 1e-3, 0.3, 0.5, 0.9, 1.0]
 ROUNDING = {"f": 2.0**-24, "d": 1e-14, "e": 2.0**-11}
 LARGE = (1 << 20) + 12_345
@@ -64,7 +64,7 @@ def ran(
     base, sums = numpy.random.default_rng(seed).normal(size=(2, outer, 1, inner))
     right = truth(x, base, sums, lost, pre, post)
     out = numpy.full(x.shape, numpy.nan, x.dtype) if out is None else out
-    assert _native.scan(x, out, base, sums, lost, None, pre, post, False, threads)
+    assert _native.scan(x, out, base, sums, lost, pre, post, threads)
     return out, sums, right
 
 
@@ -108,22 +108,22 @@ def test_the_sums_go_on(outer: int, inner: int, dtype: str) -> None:
     right, out = truth(x, base, sums, 0.01, 1.0, 0.01), numpy.empty_like(x)
     for begin, end in itertools.pairwise([0, 1, 1, 17, 600, 1500]):
         part = slice(begin, end)
-        assert _native.scan(x[:, part], out[:, part], base, sums, 0.01, None, 1.0, 0.01, False, 1)
+        assert _native.scan(x[:, part], out[:, part], base, sums, 0.01, 1.0, 0.01, 1)
     assert error(out, right) <= 1.01 * ROUNDING[dtype]
 
 
 @each_dtype
 @pytest.mark.parametrize(("outer", "inner"), [(1, 1), (3, 1), (1, 3), (2, 40)])
-@pytest.mark.parametrize("which", ["lost", "pre", "post", "all"])
-def test_factors_of_each_step(outer: int, inner: int, which: str, dtype: str) -> None:
+@pytest.mark.parametrize("which", ["pre", "post", "both", "neither"])
+@pytest.mark.parametrize("lost", [0.1, 0.9])
+def test_factors_of_each_step(outer: int, inner: int, lost: float, which: str, dtype: str) -> None:
     n = 1100
-    drawn = numpy.random.default_rng(2).uniform(size=(3, n))
-    drawn[0, ::7], drawn[0, ::11] = 0.0, 1.0
-    factors: dict[str, Any] = {"lost": 0.1, "pre": 1.5, "post": 0.5}
+    drawn = numpy.random.default_rng(2).uniform(size=(2, n))
+    factors: dict[str, Any] = {"pre": 1.0 if which == "post" else 1.5, "post": 0.5}
     for name, vector in zip(factors, drawn, strict=True):
-        if which in (name, "all"):
+        if which in (name, "both"):
             factors[name] = numpy.ascontiguousarray(vector)
-    got, _, right = ran(values(outer, n, inner, dtype=dtype), **factors)
+    got, _, right = ran(values(outer, n, inner, dtype=dtype), lost, **factors)
     assert error(got, right) <= 1.01 * ROUNDING[dtype]
 
 
@@ -133,21 +133,41 @@ def test_float32_rounds_once_whatever_the_offset(lost: float, outer: int, inner:
     """As right as the nearest float32, and half as much again for the step between two."""
     n = 300_000
     x = values(outer, n, inner, dtype="f", offset=1000.0)
-    base, sums, out = *numpy.zeros((2, outer, 1, inner)), numpy.empty_like(x)
-    assert _native.scan(x, out, base, sums, lost, None, 1.0, lost, True, 1)
-    right = truth(x[:, :20_000], base, numpy.zeros_like(sums), lost, 1.0, lost)
+    out = numpy.empty_like(x)
+    assert _native.mean(x, out, None, 1.0 / lost, lost, False, 1)
+    first = x[:, :1].astype("d")
+    right = truth(x[:, :20_000], first, numpy.zeros_like(first), lost, 1.0, lost)
     assert (abs(out[:, :20_000] - right) <= 0.5001 * numpy.spacing(out[:, :20_000])).all()
 
 
 @each_dtype
 @each_lost
-def test_a_constant_stays_what_it_is(lost: float, dtype: str) -> None:
-    for shape in ((1, 3000, 1), (2, 50, 30), (4, 700, 2)):
-        x = numpy.full(shape, 0.1, dtype)
-        base, sums, out = *numpy.ones((2, shape[0], 1, shape[2])), numpy.empty_like(x)
-        assert _native.scan(x, out, base, sums, lost, None, 1.0, lost, True, 1)
-        assert (out == x).all()
-        assert (base == x[:, :1]).all()
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_constant_stays_what_it_is(debias: bool, lost: float, dtype: str) -> None:
+    for shape in ((1, 3000, 1), (2, 50, 30), (4, 700, 2), (1, 70, 133)):
+        x, start = numpy.full(shape, 0.1, dtype), numpy.full((shape[0], 1, shape[2]), numpy.array(0.1, dtype), "d")
+        for begin, held in ((None, 0.0), (None, 3.0), (start, 1e6)):
+            out = numpy.empty_like(x)
+            assert _native.mean(x, out, begin, held, lost, debias, 1)
+            assert (out == x).all()
+
+
+@each_dtype
+@each_lost
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("outer", "n", "inner"), [(1, 3100, 1), (3, 999, 1), (2, 1100, 40), (1, 37, 3), (1, 20, 700)])
+def test_debiased_means(outer: int, n: int, inner: int, share: float, lost: float, dtype: str) -> None:
+    """mean[t] = mean[t-1] + (x[t] - mean[t-1]) / weight[t], in more digits than float64 has."""
+    x, start, held = values(outer, n, inner, dtype=dtype, offset=1.0), values(outer, 1, inner), share / (lost or 1e-7)
+    mean, weight, right = start[:, 0].astype(numpy.longdouble), numpy.longdouble(held), []
+    for t in range(n):
+        weight = weight + (1 - lost * weight)
+        mean = mean + (x[:, t] - mean) / weight
+        right.append(mean)
+    out = numpy.full_like(x, numpy.nan)
+    assert _native.mean(x, out, start, held, lost, True, 1)
+    assert error(out, numpy.stack(right, 1)) <= 1.01 * ROUNDING[dtype]
 
 
 @pytest.mark.parametrize(("outer", "inner"), [(1, 1), (2, 24)])
@@ -165,8 +185,8 @@ def test_tensors_round_as_torch_does(name: str, outer: int, inner: int) -> None:
     x = torch.from_numpy(values(outer, 999, inner)).to(dtype)
     x[:, 7] = x[:, 8] = 1e-7  # below what float16 has in full
     base, sums, out = *numpy.zeros((2, outer, 1, inner)), torch.full_like(x, math.nan)
-    assert compiled_scan.mean(x, out, base, sums, 0.3, 1.0, 0.3, False)
-    right = truth(x.double().numpy(), base, numpy.zeros_like(sums), 0.3, 1.0, 0.3).astype("d")
+    assert compiled_scan.mean(x, out, base, 1.0 / 0.3, 0.3, False)
+    right = truth(x.double().numpy(), base, sums, 0.3, 1.0, 0.3).astype("d")
     same = out == torch.from_numpy(right).to(dtype)
     if name != "float64":  # the others differ only where a value lies next to the middle of two
         assert same.double().mean() > 0.999
@@ -220,14 +240,18 @@ def test_every_instruction_set_gives_the_same_bits(lost: float, dtype: str) -> N
 @pytest.mark.parametrize("lost", [0.0, 1e-6, 1e-3, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(1, LARGE, 1), (2, LARGE // 2, 1), (LARGE // 100, 100, 1), (1, LARGE // 100, 100)])
 def test_threads_agree(lost: float, shape: tuple[int, int, int]) -> None:
-    x, made, ends = values(*shape, dtype="f", offset=10.0), [], []
+    x, made, ends, debiased = values(*shape, dtype="f", offset=10.0), [], [], []
     for threads in (1, 2, 3):
-        base, sums, out = *numpy.zeros((2, shape[0], 1, shape[2])), numpy.full_like(x, numpy.nan)
-        assert _native.scan(x, out, base, sums, lost, None, 1.0, lost or 1e-6, True, threads)
+        base, sums, out = numpy.full((shape[0], 1, shape[2]), 10.0), *numpy.zeros((2, shape[0], 1, shape[2]))
+        out, mean = numpy.full((2, *shape), numpy.nan, "f")
+        assert _native.scan(x, out, base, sums, lost, 1.0, lost or 1e-6, threads)
+        assert _native.mean(x, mean, None, 0.0, lost, True, threads)
         made.append(out)
         ends.append(sums)
-    for out, sums in zip(made, ends, strict=True):
+        debiased.append(mean)
+    for out, sums, mean in zip(made, ends, debiased, strict=True):
         assert (abs(out - made[0]) <= numpy.spacing(abs(made[0]))).all()
+        assert (abs(mean - debiased[0]) <= numpy.spacing(abs(debiased[0]))).all()
         numpy.testing.assert_allclose(sums, ends[0], rtol=1e-9, atol=1e-9)
 
 
@@ -238,7 +262,7 @@ def test_a_past_too_large_to_be_forgotten_is_not() -> None:
     made = []
     for threads in (1, 2):
         base, sums, out = *numpy.zeros((2, 1, 1, 1)), numpy.empty_like(x)
-        assert _native.scan(x, out, base, sums, 1e-3, None, 1.0, 1e-3, False, threads)
+        assert _native.scan(x, out, base, sums, 1e-3, 1.0, 1e-3, threads)
         made.append(out)
     numpy.testing.assert_allclose(made[1], made[0], rtol=1e-6)
 
@@ -312,13 +336,12 @@ def test_large_results_go_around_the_caches_wherever_they_begin(inner: int, step
     x = values(1, n, inner, dtype="f")
     room = numpy.full(n * inner + 16, 7.0, "f")
     whole = room[offset : offset + n * inner].reshape(1, n, inner)
-    base, sums = numpy.zeros((2, 1, 1, inner))
-    assert _native.scan(x[:, ::step], whole[:, ::step], base, sums, 0.01, None, 1.0, 0.01, True, 2)
+    assert _native.mean(x[:, ::step], whole[:, ::step], None, 0.0, 0.01, True, 2)
     assert (room[:offset] == 7.0).all()
     assert (room[offset + n * inner :] == 7.0).all()
     part = x[:, ::step][:, :1000]
     small = numpy.empty_like(part)
-    assert _native.scan(part, small, base, sums, 0.01, None, 1.0, 0.01, True, 1)
+    assert _native.mean(part, small, None, 0.0, 0.01, True, 1)
     numpy.testing.assert_allclose(whole[:, ::step][:, :1000], small, rtol=1e-6, atol=1e-7)
 
 
@@ -332,9 +355,9 @@ def test_a_missing_value_is_told(shape: tuple[int, int, int], bad: float, lost: 
     for place in ((0, 0, 0), (-1, shape[1] // 2, -1), (0, -1, -1)):
         x = values(*shape, dtype="f")
         base, sums, out = *numpy.zeros((2, shape[0], 1, shape[2])), numpy.empty_like(x)
-        assert _native.scan(x, out, base, sums, lost, None, 1.0, 1.0, False, 1)
+        assert _native.scan(x, out, base, sums, lost, 1.0, 1.0, 1)
         x[place] = bad
-        assert not _native.scan(x, out, base, sums, lost, None, 1.0, 1.0, False, 1)
+        assert not _native.scan(x, out, base, sums, lost, 1.0, 1.0, 1)
 
 
 def test_a_missing_value_in_any_segment_is_told() -> None:
@@ -342,8 +365,7 @@ def test_a_missing_value_in_any_segment_is_told() -> None:
         x = values(1, LARGE, 1, dtype="f")
         x[0, place] = math.nan
         for threads in (1, 2, 3):
-            base, sums, out = *numpy.zeros((2, 1, 1, 1)), numpy.empty_like(x)
-            assert not _native.scan(x, out, base, sums, 0.3, None, 1.0, 0.3, True, threads)
+            assert not _native.mean(x, numpy.empty_like(x), None, 0.0, 0.3, True, threads)
 
 
 @pytest.mark.parametrize("bad", [math.nan, 1.7e308])
@@ -365,10 +387,8 @@ def call(**changed: Any) -> Any:
         "base": numpy.zeros((2, 1, 3)),
         "sums": numpy.zeros((2, 1, 3)),
         "lost": 0.5,
-        "kept": None,
         "pre": 1.0,
         "post": 1.0,
-        "fresh": False,
         "threads": 1,
     }
     return _native.scan(*{**given, **changed}.values())
@@ -399,7 +419,10 @@ def read_only(shape: tuple[int, ...]) -> Any:
         ({"sums": read_only((2, 1, 3))}, ValueError, "read-only"),
         ({"base": numpy.zeros((2, 1, 2))}, ValueError, "one for each series"),
         ({"base": numpy.zeros((2, 1, 3), "f")}, ValueError, "one for each series"),
-        ({"lost": numpy.zeros(9)}, ValueError, "one float64 for each step"),
+        ({"lost": numpy.zeros(9)}, TypeError, "only"),
+        ({"pre": 0.0}, ValueError, "expected pre as 1.0, above 0"),
+        ({"pre": 2.0, "post": numpy.ones(10)}, ValueError, "expected pre as 1.0"),
+        ({"pre": numpy.zeros(9)}, ValueError, "one float64 for each step"),
         ({"post": numpy.zeros(10, "f")}, ValueError, "one float64 for each step"),
         ({"pre": numpy.zeros(20)[::2]}, ValueError, "not C-contiguous"),
         ({"lost": -0.1}, ValueError, "from 0 to 1"),
@@ -412,6 +435,26 @@ def test_refused_before_anything_is_read(changed: dict[str, Any], kind: type[Exc
     assert call() is True
     with pytest.raises(kind, match=said):
         call(**changed)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "said"),
+    [
+        (0, numpy.ones((2, 10)), "of one shape"),
+        (1, numpy.ones((2, 9, 3)), "of one shape"),
+        (1, read_only((2, 10, 3)), "read-only"),
+        (2, numpy.zeros((2, 1, 2)), "one for each series"),
+        (2, numpy.zeros((2, 1, 3), "f"), "one for each series"),
+        (4, 1.1, "from 0 to 1"),
+        (4, math.nan, "from 0 to 1"),
+    ],
+)
+def test_means_refused(place: int, wrong: Any, said: str) -> None:
+    given: list[Any] = [numpy.ones((2, 10, 3)), numpy.empty((2, 10, 3)), numpy.zeros((2, 1, 3)), 1.0, 0.5, True, 1]
+    assert _native.mean(*given) is True
+    given[place] = wrong
+    with pytest.raises(ValueError, match=said):
+        _native.mean(*given)
 
 
 @pytest.mark.parametrize(

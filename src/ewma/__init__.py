@@ -42,7 +42,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)  # found at once from then on
+        return value
     if name in __all__:
         return importlib.import_module(f"ewma.{name}")
     raise AttributeError(f"module 'ewma' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -161,18 +161,20 @@ class Moments:
             x: of shape (outer, n, inner), of real numbers, time in the middle.
             out: of the same shape, sharing no memory with x.
         """
-        kernel, terms = kernels.compiled(), self._equal_terms(x)
-        if kernel is None or terms is None:
-            return False
-        base, start = (kernel.lend(part) for part in (_base(x), self.means[0] if self.means else wide(x[:, :1])))
-        if base is None or start is None:
-            return False
-        base = numpy.array(base, order="C")
-        sums = self._held(terms) * (start - base)
-        for part, lost, share in self._cut(terms, x.shape[1]):
-            if not kernel.mean(x[:, part], out[:, part], base, sums, lost, 1.0, share, False):
-                return False
-        return True
+        terms = self._equal_terms(x)
+        return terms is not None and bool(self._mean_of(x, out, self.means[0] if self.means else None, terms))
+
+    def _mean_of(self, x: Array, out: Array, start: Array | None, terms: Terms) -> bool | None:
+        """Write the running mean in one compiled pass; False where it is not finite, None where none can be."""
+        kernel = kernels.compiled()
+        if kernel is None:
+            return None
+        if start is not None:
+            if (start := kernel.lend(start)) is None:
+                return None
+            start = numpy.ascontiguousarray(numpy.broadcast_to(start, (x.shape[0], 1, x.shape[2])))
+        made: bool | None = kernel.mean(x, out, start, self._held(terms), terms.lost, self.rule.debias)
+        return made
 
     def smooth_remembering(self, x: Any) -> Any:
         """`smooth` as a new tensor that autograd can go back through to x; None where this cannot be."""
@@ -292,15 +294,14 @@ class Moments:
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
         bases = tuple(map(_base, xs))
         if in_place and not self.wanted:
-            made = [
-                _mean_of(x, base, held * (start - base), terms.lost, weights.share)
-                for x, base, start in zip(xs, bases, starts, strict=True)
-            ]
-            if any(mean is False for mean in made):
+            rooms = tuple(module_of(x).empty_like(x, dtype=module_of(x).float64) for x in xs)
+            before_all = self.means if self.weight else (None,) * len(xs)
+            done = [self._mean_of(x, room, start, terms) for x, room, start in zip(xs, rooms, before_all, strict=True)]
+            if any(finite is False for finite in done):
                 return None
-            if not any(mean is None for mean in made):
+            if None not in done:
                 self.seen = self.seen + float(n)
-                return self._keep(tuple(made), {}, weights, self.count + like(xs[0], columns.steps(n)))
+                return self._keep(rooms, {}, weights, self.count + like(xs[0], columns.steps(n)))
         rises, spreads = [], {}
         for number, (x, base, start) in enumerate(zip(xs, bases, starts, strict=True)):
             offset = self._less(x, base, in_place)
@@ -422,18 +423,6 @@ class Moments:
 def _end(x: Array) -> Array:
     """What holds after the last step, in memory of its own: not all that came before is to be kept for it."""
     return x if x.shape[1] == 1 else module_of(x).concatenate((x[:, -1:],), 1)
-
-
-def _mean_of(x: Array, base: Array, sums: Array, lost: float, share: float | Array) -> Any:
-    """The running mean in one compiled pass; False where it is not finite, None where none can be."""
-    kernel = kernels.compiled()
-    if kernel is None or (lent := kernel.lend(base)) is None:
-        return None
-    out = module_of(x).empty_like(x, dtype=module_of(x).float64)
-    share = share if isinstance(share, float) else kernel.lend(share).reshape(-1)
-    base, sums = (numpy.array(part, order="C") for part in (lent, kernel.lend(sums)))
-    finite = kernel.mean(x, out, base, sums, lost, 1.0, share, False)
-    return out if finite else finite
 
 
 def _last(x: Any) -> Any:

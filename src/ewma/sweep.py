@@ -72,9 +72,7 @@ def sweep(
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
     plain = statistic is mean_of and elapsed is None and made[0] is not first.array
-    with quietly(first.array):
-        done = plain and moments.smooth(arrays[0], views[0])
-    if done:
+    if plain and moments.smooth(arrays[0], views[0]):
         if needed > 1:
             views[0][:, : needed - 1] = math.nan
         return [_give(first, made[0], out)]

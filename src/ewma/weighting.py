@@ -8,6 +8,7 @@ past goes on being forgotten. What does not begin debiased starts at its first v
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -105,6 +106,14 @@ class Rule:
         """The rule from where times are known on."""
         return self if self.timed else replace(self, timed=True)
 
+    @functools.cached_property
+    def unit(self) -> Terms | None:
+        """The terms of every step of one unit, where they are all alike."""
+        if not isinstance(self.profile, Exponential | Uniform):
+            return None
+        keep, lost, gain = self.profile.change(1.0, 1.0)
+        return Terms(keep, lost, 1.0 if self.weigh == "value" and self.debias else gain)
+
     def reversed(self) -> Rule:
         """The rule of the series read backwards."""
         if self.alpha is None or self.alpha.shape[1] == 1:
@@ -131,9 +140,8 @@ class Rule:
                 keep = module.where(some, module.exp(-forgetting), 0.0 * lost + 1.0)
                 return Terms(keep, lost, 0.0 * lost + 1.0 if by_value else lost)
             return Terms(1.0 - lost, lost, 0.0 * lost + 1.0 if by_value else lost)
-        if elapsed is None and isinstance(self.profile, Exponential | Uniform):
-            keep, lost, gain = self.profile.change(1.0, 1.0)
-            return Terms(keep, lost, 1.0 if by_value else gain)
+        if elapsed is None and self.unit is not None:
+            return self.unit
         from ewma import columns  # and NumPy with it, which floats do without
 
         elapsed = columns.ones(end - begin) if elapsed is None else elapsed

@@ -1,4 +1,4 @@
-"""The compiled module: native.c, scan.c and places.c, where a C compiler was there when the package was installed."""
+"""The compiled module: native.c, scan.c, places.c and their companions, where a C compiler was there when the package was installed."""
 
 from array import array
 from collections.abc import Sequence
@@ -24,19 +24,11 @@ def lerp(
     are filtered: each becomes `raw * value + slow * average`, and a second set averages their squares.
     """
 
-def scan(
-    x: Any,
-    out: Any,
-    base: Any,
-    sums: Any,
-    lost: Any,
-    kept: Any,
-    pre: Any,
-    post: Any,
-    fresh: bool,
-    threads: int,
-) -> bool:
-    """See `ewma.kernels.compiled_scan.mean`; of NumPy arrays (outer, n, inner), bfloat16 as int16, and vectors."""
+def mean(x: Any, out: Any, start: Any, held: float, lost: float, debias: bool, threads: int) -> bool:
+    """See `ewma.kernels.compiled_scan.mean`; of NumPy arrays (outer, n, inner), bfloat16 as int16."""
+
+def scan(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, threads: int) -> bool:
+    """See `ewma.kernels.compiled_scan.run`; of NumPy arrays (outer, n, inner), bfloat16 as int16, and vectors."""
 
 def scan_elements(u: Any, lost: Any, kept: Any, out: Any, sums: Any, threads: int) -> None:
     """See `ewma.kernels.compiled_scan.scan`; of float64 NumPy arrays (outer, n, inner), kept may be None."""

@@ -19,28 +19,40 @@ from ewma.kernels import _native
 LARGE = 1 << 20
 
 
-def mean(
-    x: Array, out: Array, base: Any, sums: Any, lost: Any, pre: Any, post: Any, fresh: bool, kept: Any = None
-) -> bool | None:
-    """`S[t] = S[t-1] + (pre[t] * (x[t] - base) - lost[t] * S[t-1])` and `out[t] = base + post[t] * S[t]`.
+def mean(x: Array, out: Array, start: Any, held: float, lost: float, debias: bool) -> bool | None:
+    """The running mean of every series, from its first step on.
+
+        S[t] = S[t-1] + (x[t] - base - lost * S[t-1])       out[t] = base + share[t] * S[t]
 
     Args:
         x, out: of shape (outer, n, inner), of any layout, sharing no memory.
-        base, sums: float64 NumPy arrays of a number for each series: S is read, and left as after the last step.
-        lost, pre, post, kept: floats, or float64 NumPy arrays of n numbers. kept: 1 - lost to full precision, if given.
-        fresh: S begins at 0 and the base is the first value, whatever they were.
+        start: the means before the first step, a float64 NumPy array of a number for each series; or None, for each
+            series' first value.
+        held: what they weigh, in steps.
+        lost: what each step takes from what was.
+        debias: share is 1 over the weight of all values so far, `weight[t] = weight[t-1] + (1 - lost * weight[t-1])`
+            from `held`; otherwise it is `lost`.
 
-    True where all sums stayed finite; None, with nothing done, where x or out are not for this kernel.
+    True where all stayed finite; None, with nothing done, where x or out are not for this kernel.
     """
     lent, target = lend(x), lend(out)
     if lent is None or target is None:
         return None
-    return _native.scan(lent, target, base, sums, lost, kept, pre, post, fresh, threads(x))
+    return _native.mean(lent, target, start, held, lost, debias, threads(x))
 
 
 def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, most: int) -> bool:
-    """`mean` of what was lent, on at most so many threads."""
-    return _native.scan(x, out, base, sums, lost, None, pre, post, False, most)
+    """`S[t] = S[t-1] + (pre[t] * (x[t] - base) - lost * S[t-1])` and `out[t] = base + post[t] * S[t]`.
+
+    Args:
+        x, out: lent arrays of shape (outer, n, inner), sharing no memory.
+        base, sums: float64 NumPy arrays of a number for each series: S is read, and left as after the last step.
+        pre, post: floats, pre 1.0; or float64 NumPy arrays of n numbers.
+        most: how many threads at most.
+
+    True where all sums stayed finite.
+    """
+    return _native.scan(x, out, base, sums, lost, pre, post, most)
 
 
 def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None) -> bool:
@@ -54,7 +66,7 @@ def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array 
     shape = (u.shape[0], 1, u.shape[2])
     sums = numpy.array(numpy.broadcast_to(initial, shape), order="C")
     if isinstance(lost, float):
-        _native.scan(u, out, numpy.zeros(shape), sums, lost, None, 1.0, 1.0, False, most)
+        _native.scan(u, out, numpy.zeros(shape), sums, lost, 1.0, 1.0, most)
     else:
         lost, kept = (*(numpy.broadcast_to(part, u.shape) for part in factors), None)[:2]
         _native.scan_elements(u, lost, kept, out, sums, most)

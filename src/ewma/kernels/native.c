@@ -469,6 +469,7 @@ static PyObject *py_use(PyObject *module, PyObject *name)
 
 static PyMethodDef METHODS[] = {
     {"lerp", py_lerp, METH_VARARGS, NULL},
+    {"mean", py_mean, METH_VARARGS, NULL},
     {"scan", py_scan, METH_VARARGS, NULL},
     {"scan_elements", py_scan_elements, METH_VARARGS, NULL},
     {"places", py_places, METH_VARARGS, NULL},

@@ -111,7 +111,8 @@ typedef void Part(void *work, size_t index);
 void share(Part *part, void *work, size_t count, int threads);
 void prepare_threads(void);
 
-PyObject *py_scan(PyObject *module, PyObject *arguments); /* in scan.c */
+PyObject *py_mean(PyObject *module, PyObject *arguments); /* in scan.c */
+PyObject *py_scan(PyObject *module, PyObject *arguments);
 PyObject *py_scan_elements(PyObject *module, PyObject *arguments);
 PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
 PyObject *py_moved(PyObject *module, PyObject *arguments);

@@ -1,34 +1,23 @@
 /* Running means along time, of many series at once, in one pass over memory.
 
-       S[t] = S[t-1] + (pre[t] * (x[t] - base) - lost[t] * S[t-1])        out[t] = base + post[t] * S[t]
+       S[t] = S[t-1] + (pre[t] * (x[t] - base) - lost * S[t-1])        out[t] = base + post[t] * S[t]
 
-   All arithmetic is in float64. Two ways, by how a series lies in memory:
+   All arithmetic is in float64. Two ways, by how a series lies in memory: lines, whose steps lie side by side, and strips
+   of columns, whose neighbours do (scan_loops.c). Large work is shared by threads: series, strips; or, of few long
+   series, segments of time, where each thread finds what it starts from by reading as much of the past as still counts. */
 
-   A line, whose steps lie side by side, is cut into blocks that stay in the nearest cache. What a block is given is
-   summed over windows of 4, then of 16 steps, each value as faded as it then is; and every 16th sum is one recurrence,
-   so 16 of them go on side by side. These are plain loops that compilers turn into vectors, the same operations in the
-   same order for every instruction set.
+#include "scan.h"
 
-   Of columns, whose neighbours lie side by side, a strip takes one step after the other.
-
-   Large work is shared by threads: series, strips; or, of few long series, segments of time, where each thread finds
-   what it starts from by reading as much of the past as still counts. */
-
-#include "native.h"
+#include <stdlib.h>
 
 #ifdef MANY_INSTRUCTION_SETS
 #include <immintrin.h>
 #endif
 
-/* Steps of a block (not a power of two: what lies 4096 bytes apart is in the processor's way) and of a window; columns of a strip; bytes of a result from which on it goes around the caches;
-   elements from which on threads are worth waking; how many bits of the past count to who reads it up again. */
-enum { BLOCK = 384, WINDOW = 16, STRIP = 1024, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
-
-/* One number, or one for each step. */
-typedef struct {
-    const double *each;
-    double value;
-} Factor;
+/* Columns of a strip, where there are many; steps whose shares are kept for all series; of how many values a series'
+   size is told; bytes of a result from which on it goes around the caches; elements from which on threads are worth
+   waking; how many bits of the past count to who reads it up again. */
+enum { STRIP = 4096, TABLE = 1 << 16, FEW = 16, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
 
 typedef struct {
     char *data;
@@ -36,11 +25,17 @@ typedef struct {
     ptrdiff_t step[3]; /* in elements, along (outer, n, inner) */
 } Plane;
 
-/* How windows fade: `keep[k]` is what is left after k steps, and of a window `whole * S - lost * S`: one of both 0 or 1,
-   whichever is more precise. */
+/* What each sum is multiplied by. Of a debiased mean that is 1 / weight, from step to step:
+
+       weight[t] = (1 - kept ** t) / lost + kept ** t * held
+
+   The first `known` are in a table; `settled` is when it has become one number. */
 typedef struct {
-    double keep[WINDOW + 1], whole, lost;
-} Fading;
+    double rate, lost, held, ramp[WINDOW + 1], keep;
+    const double *table;
+    ptrdiff_t known, settled;
+    double always[BLOCK];
+} Shares;
 
 typedef enum { LINES, STRIPS, SEGMENTS } Way;
 
@@ -48,10 +43,13 @@ typedef struct {
     Plane x, out;
     ptrdiff_t outer, n, inner;
     double *base, *sums; /* of each series */
-    Factor lost, kept, pre, post;
+    const double *pre;   /* of each step; or NULL */
+    Shares post;
     Fading fading;
-    int fresh;  /* begins at its first value, which then is the base */
-    int around; /* whether results go around the caches */
+    int fresh;           /* bases and sums are to be found: each base from the values' size, each sum ... */
+    const double *start; /* ... from the mean before the first step, or NULL where that is the first value ... */
+    double held;         /* ... and what it weighs, in steps */
+    int around;          /* whether results go around the caches */
     Way way;
     ptrdiff_t each, series; /* how much a part takes: series, columns, steps; of which series, where these are steps */
     double *begins, *ends;  /* S before and after each segment */
@@ -64,306 +62,162 @@ INLINE char *element(const Plane *plane, ptrdiff_t row, ptrdiff_t time, ptrdiff_
     return plane->data + place * (ptrdiff_t)size_of(plane->dtype);
 }
 
-INLINE double at(const Factor *factor, ptrdiff_t t) { return factor->each ? factor->each[t] : factor->value; }
+INLINE int direct(const Plane *one, const Plane *other) { return one->dtype == other->dtype && one->dtype <= FLOAT64; }
 
-/* The loops, each compiled once for every instruction set. Steps of 1 and -1 are told to the compiler, which has vectors
-   for them. */
+/* Shares. */
 
-INLINE void write_double(void *to, ptrdiff_t i, double x, Dtype dtype)
+static void prepare_shares(Shares *shares, double lost, double held, int debias)
 {
-    switch (dtype) {
-    case FLOAT32: ((float *)to)[i] = (float)x; break;
-    case FLOAT64: ((double *)to)[i] = x; break;
-    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
-    default: ((uint16_t *)to)[i] = half_of((float)x);
-    }
+    const double rate = log1p(-lost);
+    shares->rate = rate;
+    shares->lost = lost;
+    shares->held = held;
+    shares->keep = exp(WINDOW * rate);
+    shares->ramp[0] = 0.0;
+    for (int k = 1; k <= WINDOW; k++)
+        shares->ramp[k] = lost == 0.0 ? k : lost >= 1.0 || k == 1 ? 1.0 : -expm1(k * rate) / lost;
+    shares->settled = PTRDIFF_MAX;
+    if (!debias || lost >= 1.0 || fabs(1.0 - lost * held) <= 0x1p-53)
+        shares->settled = 0;
+    else if (lost > 0.0)
+        shares->settled = (ptrdiff_t)fmin(ceil(54.0 * log(2.0) / -rate), 0x1p62);
+    for (int k = 0; k < BLOCK; k++)
+        shares->always[k] = lost;
 }
 
-INLINE void read_steps(double *restrict u, const char *from, int n, ptrdiff_t step, double base, const Dtype dtype)
+/* The shares of the n steps after t, in whole windows. */
+static void ramp(const Shares *shares, ptrdiff_t t, int n, double *to)
 {
-    const ptrdiff_t size = (ptrdiff_t)size_of(dtype);
-    if (step == 1) {
-        INDEPENDENT
-        for (int i = 0; i < n; i++)
-            u[i] = read_double(from, i, dtype) - base;
-    } else if (step == -1) {
-        INDEPENDENT
-        for (int i = 0; i < n; i++)
-            u[i] = read_double(from, -i, dtype) - base;
-    } else
-        for (int i = 0; i < n; i++)
-            u[i] = read_double(from + i * step * size, 0, dtype) - base;
+    const double gone = (double)t * shares->rate, left = exp(gone);
+    const double ramped = shares->lost == 0.0 ? (double)t : -expm1(gone) / shares->lost;
+    LOOPS[chosen].shares(to, n, ramped + left * shares->held, left * (1.0 - shares->lost * shares->held), shares->ramp,
+                         shares->keep);
 }
 
-INLINE void read_block(double *restrict u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype)
+/* The shares of the n steps after t, at most a block of them; in `room`, where they are not there yet. */
+static const double *shares_of(const Shares *shares, ptrdiff_t t, int n, double *room)
 {
-    switch (dtype) {
-    case FLOAT32: read_steps(u, from, n, step, base, FLOAT32); break;
-    case FLOAT64: read_steps(u, from, n, step, base, FLOAT64); break;
-    case BFLOAT16: read_steps(u, from, n, step, base, BFLOAT16); break;
-    default: read_steps(u, from, n, step, base, FLOAT16);
-    }
+    if (t >= shares->settled)
+        return shares->always;
+    if (t + n <= shares->known)
+        return shares->table + t;
+    ramp(shares, t, n, room);
+    return room;
 }
 
-INLINE void write_steps(
-    char *to, const double *restrict y, int n, ptrdiff_t step, double base, double post, const Dtype dtype)
-{
-    const ptrdiff_t size = (ptrdiff_t)size_of(dtype);
-    if (step == 1) {
-        INDEPENDENT
-        for (int i = 0; i < n; i++)
-            write_double(to, i, base + post * y[i], dtype);
-    } else if (step == -1) {
-        INDEPENDENT
-        for (int i = 0; i < n; i++)
-            write_double(to, -i, base + post * y[i], dtype);
-    } else
-        for (int i = 0; i < n; i++)
-            write_double(to + i * step * size, 0, base + post * y[i], dtype);
-}
-
-INLINE void write_block(
-    char *to, const double *restrict y, int n, ptrdiff_t step, double base, double post, Dtype dtype)
-{
-    switch (dtype) {
-    case FLOAT32: write_steps(to, y, n, step, base, post, FLOAT32); break;
-    case FLOAT64: write_steps(to, y, n, step, base, post, FLOAT64); break;
-    case BFLOAT16: write_steps(to, y, n, step, base, post, BFLOAT16); break;
-    default: write_steps(to, y, n, step, base, post, FLOAT16);
-    }
-}
-
-/* Copies whole cache lines without fetching first what they held. */
-INLINE void copy_lines(char *to, const char *from, size_t size, void (*copy_line)(char *to, const char *from))
-{
-    enum { LINE = 64 };
-    const size_t ahead = (size_t)(-(uintptr_t)to % LINE), head = ahead < size ? ahead : size;
-    size_t done = head;
-    memcpy(to, from, head);
-    for (; size - done >= LINE; done += LINE)
-        copy_line(to + done, from + done);
-    memcpy(to + done, from + done, size - done);
-}
-
-#ifdef MANY_INSTRUCTION_SETS
-TARGET_AVX512 INLINE void copy_line_avx512(char *to, const char *from)
-{
-    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
-}
-
-TARGET_AVX2 INLINE void copy_line_avx2(char *to, const char *from)
-{
-    for (int k = 0; k < 64; k += 32)
-        _mm256_stream_si256((__m256i *)(to + k), _mm256_loadu_si256((const __m256i *)(from + k)));
-}
-#endif
-
-INLINE void copy_line_baseline(char *to, const char *from)
-{
-#ifdef MANY_INSTRUCTION_SETS
-    for (int k = 0; k < 64; k += 16)
-        _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
-#else
-    memcpy(to, from, 64);
-#endif
-}
-
-/* Windows of 4, then of 16, then every 16th. u, v and y have room for a window before them, and S stands there as what
-   came one step before. */
-INLINE double fade(double *restrict u, double *restrict v, double *restrict y, int n, double sum, const Fading *fading)
-{
-    const double *keep = fading->keep, whole = fading->whole, lost = fading->lost;
-    const double k1 = keep[1], k2 = keep[2], k3 = keep[3], k4 = keep[4], k8 = keep[8], k12 = keep[12];
-    double last[WINDOW] = {0.0};
-    for (int i = 1; i < WINDOW; i++)
-        u[-1 - i] = v[-1 - i] = 0.0;
-    u[-1] = v[-1] = last[WINDOW - 1] = sum;
-    const int padded = (n + WINDOW - 1) / WINDOW * WINDOW;
-    for (int i = n; i < padded; i++)
-        u[i] = 0.0;
-    for (int i = 0; i < padded; i++)
-        v[i] = (u[i] + k1 * u[i - 1]) + (k2 * u[i - 2] + k3 * u[i - 3]);
-    if (whole == 1.0)
-        for (int i = 0; i < padded; i += WINDOW)
-            for (int k = 0; k < WINDOW; k++) {
-                const double window = (v[i + k] + k4 * v[i + k - 4]) + (k8 * v[i + k - 8] + k12 * v[i + k - 12]);
-                y[i + k] = last[k] = (last[k] + window) - lost * last[k];
-            }
-    else
-        for (int i = 0; i < padded; i += WINDOW)
-            for (int k = 0; k < WINDOW; k++) {
-                const double window = (v[i + k] + k4 * v[i + k - 4]) + (k8 * v[i + k - 8] + k12 * v[i + k - 12]);
-                y[i + k] = last[k] = whole * last[k] + window;
-            }
-    return y[n - 1];
-}
-
-/* One step of a strip of columns. */
-INLINE void step_columns(
-    void *to, const void *from, int n, double *restrict sums, const double *restrict base, double lost, double kept,
-    double pre, double post, const Dtype to_dtype, const Dtype from_dtype)
-{
-    if (lost <= 0.5) {
-        INDEPENDENT
-        for (int i = 0; i < n; i++) {
-            const double u = pre * (read_double(from, i, from_dtype) - base[i]);
-            sums[i] = sums[i] + (u - lost * sums[i]);
-            write_double(to, i, base[i] + post * sums[i], to_dtype);
-        }
-    } else {
-        INDEPENDENT
-        for (int i = 0; i < n; i++) {
-            const double u = pre * (read_double(from, i, from_dtype) - base[i]);
-            sums[i] = kept * sums[i] + u;
-            write_double(to, i, base[i] + post * sums[i], to_dtype);
-        }
-    }
-}
-
-/* All steps of a strip, some columns at a time. `same` is the dtype of x and out, where those are float32 or float64
-   alike. */
-INLINE void strip_steps(
-    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base, int alike,
-    const Dtype same, void (*copy_line)(char *to, const char *from))
-{
-    const Plane *x = &sweep->x, *out = &sweep->out;
-    double room[BLOCK], result[BLOCK];
-    for (ptrdiff_t t = 0; t < sweep->n; t++) {
-        const double lost = at(&sweep->lost, t), kept = sweep->kept.each ? sweep->kept.each[t] : 1.0 - lost;
-        const double pre = at(&sweep->pre, t), post = at(&sweep->post, t);
-        for (int k = 0; k < width; k += BLOCK) {
-            const int n = width - k < BLOCK ? width - k : BLOCK;
-            const char *from = element(x, row, t, column + k);
-            char *to = element(out, row, t, column + k), *place = sweep->around ? (char *)result : to;
-            if (alike)
-                step_columns(place, from, n, sums + k, base + k, lost, kept, pre, post, same, same);
-            else {
-                read_block(room, from, n, 1, 0.0, x->dtype);
-                step_columns(room, room, n, sums + k, base + k, lost, kept, pre, post, FLOAT64, FLOAT64);
-                write_block(place, room, n, 1, 0.0, 1.0, out->dtype);
-            }
-            if (sweep->around)
-                copy_lines(to, place, (size_t)n * size_of(out->dtype), copy_line);
-        }
-    }
-}
-
-INLINE void strip_block(
-    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base,
-    void (*copy_line)(char *to, const char *from))
-{
-    const Dtype dtype = sweep->x.dtype;
-    if (dtype == FLOAT32 && sweep->out.dtype == FLOAT32)
-        strip_steps(sweep, row, column, width, sums, base, 1, FLOAT32, copy_line);
-    else if (dtype == FLOAT64 && sweep->out.dtype == FLOAT64)
-        strip_steps(sweep, row, column, width, sums, base, 1, FLOAT64, copy_line);
-    else
-        strip_steps(sweep, row, column, width, sums, base, 0, FLOAT64, copy_line);
-}
-
-typedef struct {
-    void (*read)(double *u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype);
-    void (*write)(char *to, const double *y, int n, ptrdiff_t step, double base, double post, Dtype dtype);
-    double (*fade)(double *u, double *v, double *y, int n, double sum, const Fading *fading);
-    void (*strip)(
-        const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base);
-    void (*copy)(char *to, const char *from, size_t size);
-} Loops;
-
-#define COMPILE(version, TARGET)                                                                                   \
-    TARGET static void read_##version(                                                                             \
-        double *u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype)                              \
-    {                                                                                                              \
-        read_block(u, from, n, step, base, dtype);                                                                 \
-    }                                                                                                              \
-    TARGET static void write_##version(                                                                            \
-        char *to, const double *y, int n, ptrdiff_t step, double base, double post, Dtype dtype)                   \
-    {                                                                                                              \
-        write_block(to, y, n, step, base, post, dtype);                                                            \
-    }                                                                                                              \
-    TARGET static double fade_##version(double *u, double *v, double *y, int n, double sum, const Fading *fading)  \
-    {                                                                                                              \
-        return fade(u, v, y, n, sum, fading);                                                                      \
-    }                                                                                                              \
-    TARGET static void strip_##version(                                                                            \
-        const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width, double *sums, const double *base)          \
-    {                                                                                                              \
-        strip_block(sweep, row, column, width, sums, base, copy_line_##version);                                   \
-    }                                                                                                              \
-    TARGET static void copy_##version(char *to, const char *from, size_t size)                                     \
-    {                                                                                                              \
-        copy_lines(to, from, size, copy_line_##version);                                                           \
-    }
-
-COMPILE(baseline, )
-#ifdef MANY_INSTRUCTION_SETS
-COMPILE(avx2, TARGET_AVX2)
-COMPILE(avx512, TARGET_AVX512)
-#endif
-
-static const Loops LOOPS[] = {
-#ifdef MANY_INSTRUCTION_SETS
-    [AVX512] = {read_avx512, write_avx512, fade_avx512, strip_avx512, copy_avx512},
-    [AVX2] = {read_avx2, write_avx2, fade_avx2, strip_avx2, copy_avx2},
-#endif
-    [BASELINE] = {read_baseline, write_baseline, fade_baseline, strip_baseline, copy_baseline},
-};
-
-/* Lines. */
-
-/* Where each step loses another share: one after the other. */
-INLINE double fade_unequally(
-    const double *restrict u, double *restrict y, int n, double sum, const double *lost, const double *kept)
-{
-    for (int i = 0; i < n; i++)
-        y[i] = sum = kept && lost[i] > 0.5 ? kept[i] * sum + u[i] : sum + (u[i] - lost[i] * sum);
-    return sum;
-}
-
-/* The steps from `begin` to `end` of one series, from the sum before them; gives the sum after them. */
-static double line(
-    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, double base, double sum,
-    int writes)
-{
-    const Loops *loops = &LOOPS[chosen];
-    const Plane *x = &sweep->x, *out = &sweep->out;
-    const ptrdiff_t step = out->step[1], size = (ptrdiff_t)size_of(out->dtype);
-    double room[3][WINDOW + BLOCK], result[BLOCK];
-    double *u = room[0] + WINDOW, *v = room[1] + WINDOW, *y = room[2] + WINDOW;
-    for (ptrdiff_t t = begin; t < end; t += BLOCK) {
-        const int n = end - t < BLOCK ? (int)(end - t) : BLOCK;
-        loops->read(u, element(x, row, t, column), n, x->step[1], base, x->dtype);
-        if (sweep->pre.each || sweep->pre.value != 1.0)
-            for (int i = 0; i < n; i++)
-                u[i] *= at(&sweep->pre, t + i);
-        if (sweep->lost.each)
-            sum = fade_unequally(u, y, n, sum, sweep->lost.each + t, sweep->kept.each ? sweep->kept.each + t : NULL);
-        else
-            sum = loops->fade(u, v, y, n, sum, &sweep->fading);
-        if (!writes)
-            continue;
-        if (sweep->post.each)
-            for (int i = 0; i < n; i++)
-                y[i] *= sweep->post.each[t + i];
-        const double post = sweep->post.each ? 1.0 : sweep->post.value;
-        char *to = element(out, row, t, column);
-        if (sweep->around && (step == 1 || step == -1)) {
-            char *place = (char *)result + (step == 1 ? 0 : (n - 1) * size);
-            loops->write(place, y, n, step, base, post, out->dtype);
-            loops->copy(step == 1 ? to : to - (n - 1) * size, (char *)result, (size_t)(n * size));
-        } else
-            loops->write(to, y, n, step, base, post, out->dtype);
-    }
-    return sum;
-}
+/* How series begin. */
 
 static double first_of(const Sweep *sweep, ptrdiff_t row, ptrdiff_t column)
 {
     return read_double(element(&sweep->x, row, 0, column), 0, sweep->x.dtype);
 }
 
+/* A series is carried relative to its first value, where all are of one size: a constant comes to 0 then, and a large
+   offset to what it varies by, without rounding, no value being more than twice another. Otherwise relative to 0, since
+   a single spike would take the digits of all the values that follow. */
+INLINE double base_from(double first, double low, double high)
+{
+    return (low > 0.0 && high <= 2.0 * low) || (high < 0.0 && 2.0 * high <= low) ? first : 0.0;
+}
+
+INLINE double sum_from(const Sweep *sweep, ptrdiff_t series, double first, double base)
+{
+    return sweep->held == 0.0 ? 0.0 : sweep->held * ((sweep->start ? sweep->start[series] : first) - base);
+}
+
+static ptrdiff_t apart(const Sweep *sweep) { return (sweep->n + FEW - 1) / FEW; }
+
+static void begin_line(Sweep *sweep, ptrdiff_t series)
+{
+    const ptrdiff_t row = series / sweep->inner, column = series % sweep->inner;
+    const double first = first_of(sweep, row, column);
+    double low = first, high = first;
+    for (ptrdiff_t t = 0; t < sweep->n; t += apart(sweep)) {
+        const double x = read_double(element(&sweep->x, row, t, column), 0, sweep->x.dtype);
+        low = x < low || x != x ? x : low;
+        high = x > high || x != x ? x : high;
+    }
+    sweep->base[series] = base_from(first, low, high);
+    sweep->sums[series] = sum_from(sweep, series, first, sweep->base[series]);
+}
+
+static void begin_strip(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
+{
+    const ptrdiff_t series = row * sweep->inner + column;
+    double *low = sweep->base + series, *high = sweep->sums + series;
+    for (ptrdiff_t t = 0; t < sweep->n; t += apart(sweep))
+        LOOPS[chosen].extremes(low, high, element(&sweep->x, row, t, column), width, t == 0, sweep->x.dtype);
+    for (int i = 0; i < width; i++) {
+        const double first = first_of(sweep, row, column + i);
+        low[i] = base_from(first, low[i], high[i]);
+        high[i] = sum_from(sweep, series + i, first, low[i]);
+    }
+}
+
+/* Lines. */
+
+/* The steps from `begin` to `end` of one series, from the sum before them; gives the sum after them. */
+static double line(
+    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, double base, double sum)
+{
+    const Loops *loops = &LOOPS[chosen];
+    const Plane *x = &sweep->x, *out = &sweep->out;
+    const ptrdiff_t step = out->step[1], size = (ptrdiff_t)size_of(out->dtype);
+    const int at_once = direct(x, out) && x->step[1] == 1 && step == 1 && !sweep->pre;
+    double u[BLOCK], y[BLOCK], shares[BLOCK], result[BLOCK];
+    for (ptrdiff_t t = begin; t < end; t += BLOCK) {
+        const int n = end - t < BLOCK ? (int)(end - t) : BLOCK, whole = at_once ? n / WINDOW * WINDOW : 0;
+        const char *from = element(x, row, t, column);
+        const double *post = shares_of(&sweep->post, t, n, shares);
+        char *to = element(out, row, t, column), *place = to;
+        if (sweep->around && (step == 1 || step == -1))
+            place = (char *)result + (step == 1 ? 0 : (n - 1) * size);
+        if (whole)
+            sum = loops->line(place, from, whole, base, sum, post, &sweep->fading, x->dtype);
+        if (whole < n) {
+            const int rest = n - whole, padded = (rest + WINDOW - 1) / WINDOW * WINDOW;
+            from += whole * x->step[1] * (ptrdiff_t)size_of(x->dtype);
+            loops->read(u, from, rest, x->step[1], base, x->dtype);
+            for (int i = 0; sweep->pre && i < rest; i++)
+                u[i] *= sweep->pre[t + whole + i];
+            for (int i = rest; i < padded; i++)
+                u[i] = 0.0;
+            loops->line((char *)y, (char *)u, padded, 0.0, sum, NULL, &sweep->fading, FLOAT64);
+            sum = y[rest - 1];
+            loops->write(place + whole * step * size, y, rest, step, base, post + whole, out->dtype);
+        }
+        if (place != to)
+            loops->copy(step == 1 ? to : to - (n - 1) * size, (char *)result, (size_t)(n * size));
+    }
+    return sum;
+}
+
+/* The sum before step `end`, from as much of the past as counts, which is `begins` as of step `begin`. */
+static double reach(
+    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, double base, double sum)
+{
+    const Plane *x = &sweep->x;
+    const int at_once = x->dtype <= FLOAT64 && x->step[1] == 1 && !sweep->pre;
+    double u[BLOCK];
+    for (ptrdiff_t t = begin; t < end;) {
+        ptrdiff_t n = end - t < BLOCK ? end - t : BLOCK;
+        const char *from = element(x, row, t, column);
+        if (at_once && end - t >= WINDOW) {
+            n = (end - t) / WINDOW * WINDOW;
+            sum = LOOPS[chosen].reach(from, n, base, sum, &sweep->fading, x->dtype);
+        } else {
+            LOOPS[chosen].read(u, from, (int)n, x->step[1], base, x->dtype);
+            for (ptrdiff_t i = 0; i < n; i++)
+                sum = sweep->fading.whole1 * sum
+                    + ((sweep->pre ? sweep->pre[t + i] : 1.0) * u[i] - sweep->fading.lost1 * sum);
+        }
+        t += n;
+    }
+    return sum;
+}
+
 /* Where the steps of a series do not lie side by side, several take turns: the neighbours' lines are in the cache. */
-static size_t lines(const Sweep *sweep, ptrdiff_t first, ptrdiff_t last)
+static size_t lines(Sweep *sweep, ptrdiff_t first, ptrdiff_t last)
 {
     size_t unfinished = 0;
     const ptrdiff_t step = sweep->x.step[1];
@@ -372,11 +226,9 @@ static size_t lines(const Sweep *sweep, ptrdiff_t first, ptrdiff_t last)
         for (ptrdiff_t series = first; series < last; series++) {
             const ptrdiff_t row = series / sweep->inner, column = series % sweep->inner;
             const ptrdiff_t end = sweep->n - t < turn ? sweep->n : t + turn;
-            if (t == 0 && sweep->fresh) {
-                sweep->base[series] = first_of(sweep, row, column);
-                sweep->sums[series] = 0.0;
-            }
-            const double sum = line(sweep, row, column, t, end, sweep->base[series], sweep->sums[series], 1);
+            if (t == 0 && sweep->fresh)
+                begin_line(sweep, series);
+            const double sum = line(sweep, row, column, t, end, sweep->base[series], sweep->sums[series]);
             sweep->sums[series] = sum;
             unfinished += end == sweep->n && !isfinite(sum);
         }
@@ -393,25 +245,65 @@ static void segment(const Sweep *sweep, size_t index)
     const double base = sweep->base[sweep->series];
     double sum = sweep->sums[sweep->series];
     if (begin > 0) {
-        const double reach = ceil(BITS * log(2.0) / -log1p(-sweep->lost.value));
-        const ptrdiff_t back = reach < (double)begin ? (ptrdiff_t)reach : begin;
-        sum = line(sweep, row, column, begin - back, begin, base, back < begin ? 0.0 : sum, 0);
+        const double counts = ceil(BITS * log(2.0) / -log1p(-sweep->post.lost));
+        const ptrdiff_t back = counts < (double)begin ? (ptrdiff_t)counts : begin;
+        sum = reach(sweep, row, column, begin - back, begin, base, back < begin ? 0.0 : sum);
     }
     sweep->begins[index] = sum;
-    sweep->ends[index] = line(sweep, row, column, begin, end, base, sum, 1);
+    sweep->ends[index] = line(sweep, row, column, begin, end, base, sum);
 }
 
 /* Columns. */
 
-static size_t strip(const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
+/* Few columns go through all steps of a block in registers; of many, whose rows are far apart, one row after the other.
+   What is not of one dtype goes through float64. */
+static void strip_steps(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
 {
-    double *base = sweep->base + row * sweep->inner + column, *sums = sweep->sums + row * sweep->inner + column;
-    size_t unfinished = 0;
-    for (int i = 0; sweep->fresh && i < width; i++) {
-        base[i] = first_of(sweep, row, column + i);
-        sums[i] = 0.0;
+    enum { PIECE = 512, NARROW = 64, SOON = 16 };
+    const Loops *loops = &LOOPS[chosen];
+    const Plane *x = &sweep->x, *out = &sweep->out;
+    const ptrdiff_t series = row * sweep->inner + column;
+    double *base = sweep->base + series, *sums = sweep->sums + series, shares[BLOCK];
+    double u[PIECE], y[PIECE], result[PIECE];
+    const int at_once = direct(x, out), narrow = at_once && width <= NARROW;
+    const ptrdiff_t x_step = x->step[1] * (ptrdiff_t)size_of(x->dtype);
+    const ptrdiff_t out_step = out->step[1] * (ptrdiff_t)size_of(out->dtype);
+    for (ptrdiff_t t = 0; t < sweep->n; t += BLOCK) {
+        const int steps = sweep->n - t < BLOCK ? (int)(sweep->n - t) : BLOCK;
+        const double *post = shares_of(&sweep->post, t, steps, shares), *pre = sweep->pre ? sweep->pre + t : NULL;
+        if (narrow) {
+            loops->columns(element(out, row, t, column), element(x, row, t, column), out_step, x_step,
+                           SOON * x_step, steps, width, sums, base, pre, post, &sweep->fading, x->dtype);
+            continue;
+        }
+        for (int i = 0; i < steps; i++)
+            for (int k = 0; k < width; k += PIECE) {
+                const int n = width - k < PIECE ? width - k : PIECE;
+                const char *from = element(x, row, t + i, column + k);
+                char *to = element(out, row, t + i, column + k), *place = sweep->around ? (char *)result : to;
+                const double *before = pre ? pre + i : NULL;
+                if (at_once)
+                    loops->columns(place, from, 0, 0, x_step, 1, n, sums + k, base + k, before, post + i, &sweep->fading,
+                                   x->dtype);
+                else {
+                    loops->read(u, from, n, 1, 0.0, x->dtype);
+                    loops->columns((char *)y, (char *)u, 0, 0, 0, 1, n, sums + k, base + k, before, post + i,
+                                   &sweep->fading, FLOAT64);
+                    loops->write(place, y, n, 1, 0.0, NULL, out->dtype);
+                }
+                if (sweep->around)
+                    loops->copy(to, place, (size_t)n * size_of(out->dtype));
+            }
     }
-    LOOPS[chosen].strip(sweep, row, column, width, sums, base);
+}
+
+static size_t strip(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
+{
+    const double *sums = sweep->sums + row * sweep->inner + column;
+    size_t unfinished = 0;
+    if (sweep->fresh)
+        begin_strip(sweep, row, column, width);
+    strip_steps(sweep, row, column, width);
     for (int i = 0; i < width; i++)
         unfinished += !isfinite(sums[i]);
     return unfinished;
@@ -456,10 +348,8 @@ static void in_segments(Sweep *sweep, int threads)
     const size_t count = (size_t)((sweep->n + sweep->each - 1) / sweep->each);
     for (sweep->series = 0; sweep->series < sweep->outer * sweep->inner; sweep->series++) {
         double *sum = sweep->sums + sweep->series;
-        if (sweep->fresh) {
-            sweep->base[sweep->series] = first_of(sweep, sweep->series / sweep->inner, sweep->series % sweep->inner);
-            *sum = 0.0;
-        }
+        if (sweep->fresh)
+            begin_line(sweep, sweep->series);
         share(sweep_part, sweep, count, threads);
         *sum = ends[0];
         for (size_t index = 1; index < count && isfinite(*sum); index++) {
@@ -469,7 +359,7 @@ static void in_segments(Sweep *sweep, int threads)
                 const ptrdiff_t row = sweep->series / sweep->inner, column = sweep->series % sweep->inner;
                 const ptrdiff_t begin = (ptrdiff_t)index * sweep->each;
                 const ptrdiff_t end = sweep->n - begin < sweep->each ? sweep->n : begin + sweep->each;
-                *sum = line(sweep, row, column, begin, end, sweep->base[sweep->series], *sum, 1);
+                *sum = line(sweep, row, column, begin, end, sweep->base[sweep->series], *sum);
             }
         }
         sweep->unfinished += !isfinite(*sum);
@@ -482,15 +372,15 @@ static void run(Sweep *sweep, int threads)
     const int large = (double)count * (double)sweep->n >= LARGE;
     threads = large && threads > 1 ? threads : 1;
     sweep->around = (double)count * (double)sweep->n * (double)size_of(sweep->out.dtype) >= AROUND;
-    const int simple = sweep->x.dtype == sweep->out.dtype && sweep->x.dtype <= FLOAT64;
-    const int columns = sweep->inner >= (simple ? 8 : 32) && x_step == 1 && sweep->out.step[2] == 1 && step != 1 && step != -1;
+    const int columns = sweep->inner >= (direct(&sweep->x, &sweep->out) ? 8 : 32) && x_step == 1
+        && sweep->out.step[2] == 1 && step != 1 && step != -1;
     if (columns) {
         const ptrdiff_t wanted = (threads + sweep->outer - 1) / sweep->outer;
         const ptrdiff_t wide = ((sweep->inner + wanted - 1) / wanted + 15) / 16 * 16; /* whole cache lines */
         sweep->way = STRIPS;
         sweep->each = wide < STRIP ? wide : STRIP;
         share(sweep_part, sweep, (size_t)((sweep->inner + sweep->each - 1) / sweep->each * sweep->outer), threads);
-    } else if (count < threads && !sweep->lost.each) {
+    } else if (count < threads) {
         in_segments(sweep, threads);
     } else {
         const ptrdiff_t share_of_each = (count + 8 * threads - 1) / (8 * threads);
@@ -498,6 +388,28 @@ static void run(Sweep *sweep, int threads)
         sweep->each = threads == 1 || (step != 1 && step != -1) ? (count + threads - 1) / threads : share_of_each;
         share(sweep_part, sweep, (size_t)((count + sweep->each - 1) / sweep->each), threads);
     }
+}
+
+/* With what is known before the first step: shares that are the same for many series, or that are given. */
+static int run_with_table(Sweep *sweep, int threads, const double *given)
+{
+    Shares *post = &sweep->post;
+    double *table = NULL;
+    if (given) {
+        post->table = given;
+        post->known = post->settled = sweep->n;
+    } else if (post->settled > 0 && sweep->outer * sweep->inner > 1) {
+        const ptrdiff_t most = post->settled < sweep->n ? post->settled : sweep->n;
+        post->known = ((most < TABLE ? most : TABLE) + BLOCK - 1) / BLOCK * BLOCK;
+        post->table = table = malloc((size_t)post->known * sizeof(double));
+        if (!table)
+            return -1;
+        for (ptrdiff_t t = 0; t < post->known; t += BLOCK)
+            ramp(post, t, BLOCK, table + t);
+    }
+    run(sweep, threads);
+    free(table);
+    return 0;
 }
 
 /* Where each element loses another share: plain loops, columns side by side. */
@@ -574,22 +486,23 @@ static int check_apart(const Py_buffer *x, const Py_buffer *out)
     return x_begin < out_end && out_begin < x_end ? fail("scan: expected out that shares no memory with x") : 0;
 }
 
-/* A float, None (0.0), or a vector of `count` float64; `view` is to be released where it has an object. */
-static int read_factor(Factor *factor, PyObject *object, Py_buffer *view, ptrdiff_t count)
+/* One float64 for each of `count`; `view` is to be released where it has an object. */
+static int read_vector(const double **vector, PyObject *object, Py_buffer *view, ptrdiff_t count, const char *said)
 {
-    factor->each = NULL;
-    factor->value = 0.0;
-    if (object == Py_None)
-        return 0;
-    if (PyFloat_Check(object)) {
-        factor->value = PyFloat_AsDouble(object);
-        return 0;
-    }
     if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0)
         return -1;
     if (!view->format || strcmp(view->format, "d") || view->len != count * (ptrdiff_t)sizeof(double))
-        return fail("scan: expected a float, or one float64 for each step");
-    factor->each = view->buf;
+        return fail(said);
+    *vector = view->buf;
+    return 0;
+}
+
+/* A float, or a vector. */
+static int read_factor(double *value, const double **vector, PyObject *object, Py_buffer *view, ptrdiff_t count)
+{
+    if (!PyFloat_Check(object))
+        return read_vector(vector, object, view, count, "scan: expected a float, or one float64 for each step");
+    *value = PyFloat_AsDouble(object);
     return 0;
 }
 
@@ -610,36 +523,40 @@ static void prepare_fading(Fading *fading, double lost)
     for (int k = 1; k <= WINDOW; k++)
         fading->keep[k] = exp(k * rate);
     fading->lost = -expm1(WINDOW * rate);
-    fading->whole = fading->lost <= 0.5 ? 1.0 : fading->keep[WINDOW];
+    fading->whole = fading->lost <= 0.5;
+    fading->lost = fading->whole ? fading->lost : -fading->keep[WINDOW];
+    fading->whole1 = lost <= 0.5;
+    fading->lost1 = fading->whole1 ? lost : lost - 1.0;
 }
 
-enum { X, OUT, BASE, SUMS, LOST, KEPT, PRE, POST, VIEWS };
-
-static int read_arguments(Sweep *sweep, PyObject *const objects[VIEWS], Py_buffer views[VIEWS])
+static int read_planes(Sweep *sweep, PyObject *x, PyObject *out, Py_buffer views[2])
 {
-    if (PyObject_GetBuffer(objects[X], &views[X], PyBUF_STRIDES | PyBUF_FORMAT) < 0
-        || PyObject_GetBuffer(objects[OUT], &views[OUT], PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) < 0)
+    if (PyObject_GetBuffer(x, &views[0], PyBUF_STRIDES | PyBUF_FORMAT) < 0
+        || PyObject_GetBuffer(out, &views[1], PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) < 0)
         return -1;
-    if (views[X].ndim != 3)
+    if (views[0].ndim != 3)
         return fail("scan: expected x and out of one shape, (outer, n, inner)");
-    sweep->outer = views[X].shape[0];
-    sweep->n = views[X].shape[1];
-    sweep->inner = views[X].shape[2];
-    const ptrdiff_t count = sweep->outer * sweep->inner;
-    if (read_plane(&sweep->x, &views[X], sweep) < 0 || read_plane(&sweep->out, &views[OUT], sweep) < 0)
+    sweep->outer = views[0].shape[0];
+    sweep->n = views[0].shape[1];
+    sweep->inner = views[0].shape[2];
+    if (read_plane(&sweep->x, &views[0], sweep) < 0 || read_plane(&sweep->out, &views[1], sweep) < 0)
         return -1;
-    if (count && sweep->n && check_apart(&views[X], &views[OUT]) < 0)
-        return -1;
-    if (read_state(&sweep->base, objects[BASE], &views[BASE], count) < 0
-        || read_state(&sweep->sums, objects[SUMS], &views[SUMS], count) < 0
-        || read_factor(&sweep->lost, objects[LOST], &views[LOST], sweep->n) < 0
-        || read_factor(&sweep->kept, objects[KEPT], &views[KEPT], sweep->n) < 0
-        || read_factor(&sweep->pre, objects[PRE], &views[PRE], sweep->n) < 0
-        || read_factor(&sweep->post, objects[POST], &views[POST], sweep->n) < 0)
-        return -1;
-    if (!sweep->lost.each && !(sweep->lost.value >= 0.0 && sweep->lost.value <= 1.0))
+    return sweep->outer && sweep->n && sweep->inner ? check_apart(&views[0], &views[1]) : 0;
+}
+
+static int read_lost(Sweep *sweep, double lost)
+{
+    if (!(lost >= 0.0 && lost <= 1.0))
         return fail("scan: expected lost from 0 to 1");
+    prepare_fading(&sweep->fading, lost);
     return 0;
+}
+
+static void release(Py_buffer *views, int count)
+{
+    for (int k = 0; k < count; k++)
+        if (views[k].obj)
+            PyBuffer_Release(&views[k]);
 }
 
 static int read_elements(Elements *elements, PyObject *const objects[5], Py_buffer views[5])
@@ -690,34 +607,100 @@ PyObject *py_scan_elements(PyObject *module, PyObject *arguments)
         share(elements_part, &elements, (size_t)count, threads);
         Py_END_ALLOW_THREADS
     }
-    for (int k = 0; k < 5; k++)
-        if (views[k].obj)
-            PyBuffer_Release(&views[k]);
+    release(views, 5);
     return read < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* Runs what was read without error. */
+static int finish(Sweep *sweep, int read, int threads, const double *given)
+{
+    if (read == 0 && sweep->outer > 0 && sweep->n > 0 && sweep->inner > 0) {
+        Py_BEGIN_ALLOW_THREADS
+        read = run_with_table(sweep, threads, given);
+        Py_END_ALLOW_THREADS
+        if (read < 0)
+            PyErr_NoMemory();
+    }
+    return read;
+}
+
+static PyObject *give(const Sweep *sweep, int read, Py_buffer *views, int count)
+{
+    release(views, count);
+    return read < 0 ? NULL : PyBool_FromLong(sweep->unfinished == 0);
 }
 
 PyObject *py_scan(PyObject *module, PyObject *arguments)
 {
+    enum { X, OUT, BASE, SUMS, PRE, POST, VIEWS };
     PyObject *objects[VIEWS];
     Py_buffer views[VIEWS];
+    double lost, pre = 1.0, post = 1.0;
+    const double *given = NULL;
     int threads, read;
     Sweep sweep;
     memset(views, 0, sizeof views);
     memset(&sweep, 0, sizeof sweep);
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOOOpi:scan", &objects[X], &objects[OUT], &objects[BASE], &objects[SUMS],
-                          &objects[LOST], &objects[KEPT], &objects[PRE], &objects[POST], &sweep.fresh, &threads))
+    if (!PyArg_ParseTuple(arguments, "OOOOdOOi:scan", &objects[X], &objects[OUT], &objects[BASE], &objects[SUMS], &lost,
+                          &objects[PRE], &objects[POST], &threads))
         return NULL;
-    read = read_arguments(&sweep, objects, views);
-    if (read == 0 && sweep.outer > 0 && sweep.n > 0 && sweep.inner > 0) {
-        if (!sweep.lost.each)
-            prepare_fading(&sweep.fading, sweep.lost.value);
-        Py_BEGIN_ALLOW_THREADS
-        run(&sweep, threads);
-        Py_END_ALLOW_THREADS
+    read = read_planes(&sweep, objects[X], objects[OUT], views);
+    const ptrdiff_t count = sweep.outer * sweep.inner;
+    if (read == 0)
+        read = read_state(&sweep.base, objects[BASE], &views[BASE], count) < 0
+            || read_state(&sweep.sums, objects[SUMS], &views[SUMS], count) < 0
+            || read_factor(&pre, &sweep.pre, objects[PRE], &views[PRE], sweep.n) < 0
+            || read_factor(&post, &given, objects[POST], &views[POST], sweep.n) < 0 || read_lost(&sweep, lost) < 0
+            ? -1 : 0;
+    if (read == 0 && pre != 1.0 && (given || !(pre > 0.0)))
+        read = fail("scan: expected pre as 1.0, above 0 where post is a float, or one float64 for each step");
+    if (read == 0) {
+        prepare_shares(&sweep.post, lost, 0.0, 0);
+        for (int k = 0; k < BLOCK; k++)
+            sweep.post.always[k] = pre * post; /* the sums are kept without */
+        for (ptrdiff_t k = 0; k < count; k++)
+            sweep.sums[k] /= pre;
     }
-    for (int k = 0; k < VIEWS; k++)
-        if (views[k].obj)
-            PyBuffer_Release(&views[k]);
-    return read < 0 ? NULL : PyBool_FromLong(sweep.unfinished == 0);
+    read = finish(&sweep, read, threads, given);
+    for (ptrdiff_t k = 0; read == 0 && k < count; k++)
+        sweep.sums[k] *= pre;
+    return give(&sweep, read, views, VIEWS);
+}
+
+PyObject *py_mean(PyObject *module, PyObject *arguments)
+{
+    enum { X, OUT, START, VIEWS };
+    PyObject *objects[VIEWS];
+    Py_buffer views[VIEWS];
+    double lost;
+    int threads, read, debias;
+    Sweep sweep;
+    memset(views, 0, sizeof views);
+    memset(&sweep, 0, sizeof sweep);
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "OOOddpi:mean", &objects[X], &objects[OUT], &objects[START], &sweep.held, &lost,
+                          &debias, &threads))
+        return NULL;
+    read = read_planes(&sweep, objects[X], objects[OUT], views);
+    const size_t count = (size_t)(sweep.outer * sweep.inner);
+    if (read == 0 && objects[START] != Py_None)
+        read = read_vector(&sweep.start, objects[START], &views[START], (ptrdiff_t)count,
+                           "mean: expected the start as float64, one for each series");
+    if (read == 0)
+        read = read_lost(&sweep, lost);
+    double few[2], *state = count > 1 ? PyMem_Malloc(2 * count * sizeof(double)) : few;
+    if (read == 0 && !state) {
+        PyErr_NoMemory();
+        read = -1;
+    }
+    if (read == 0)
+        prepare_shares(&sweep.post, lost, sweep.held, debias);
+    sweep.base = state;
+    sweep.sums = state + count;
+    sweep.fresh = 1;
+    read = finish(&sweep, read, threads, NULL);
+    if (state != few)
+        PyMem_Free(state);
+    return give(&sweep, read, views, VIEWS);
 }

@@ -1,0 +1,45 @@
+/* The scan along time: what the ways through the series (scan.c) and the loops over numbers (scan_loops.c) share. */
+
+#ifndef EWMA_SCAN_H
+#define EWMA_SCAN_H
+
+#include "native.h"
+
+/* Steps of a block (not a power of two: what lies 4096 bytes apart is in the processor's way) and of a window. */
+enum { BLOCK = 1008, WINDOW = 16 };
+
+/* How windows fade: `keep[k]` is what is left after k steps, and of a whole window `whole * S - lost * S`, of one step
+   `whole1 * S - lost1 * S`: `whole` is 0 or 1, whichever is more precise. */
+typedef struct {
+    double keep[WINDOW + 1], whole, lost, whole1, lost1;
+} Fading;
+
+/* Of each instruction set. Places are of elements whose neighbours lie side by side. */
+typedef struct {
+    /* Converts n elements to u = x - base, `step` elements apart; and y to base + post * y, or y where
+       post is NULL. */
+    void (*read)(double *u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype);
+    void (*write)(char *to, const double *y, int n, ptrdiff_t step, double base, const double *post, Dtype dtype);
+    /* Steps of a line in whole windows: from the sum before them to the sum after them. float32 or float64; where post is
+       NULL, sums of float64. */
+    double (*line)(
+        char *to, const char *from, int n, double base, double sum, const double *post, const Fading *fading,
+        Dtype dtype);
+    /* The same without writing anything. */
+    double (*reach)(const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype);
+    /* So many steps, `to_step` and `from_step` bytes apart, of n columns; what lies `ahead` bytes on is read soon. `pre`
+       may be NULL. float32 or float64. */
+    void (*columns)(
+        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps, int n,
+        double *sums, const double *base, const double *pre, const double *post, const Fading *fading, Dtype dtype);
+    /* The smallest and the largest so far, of n columns; begins with the first where `begins`. */
+    void (*extremes)(double *low, double *high, const char *from, int n, int begins, Dtype dtype);
+    /* The shares of n steps, in whole windows: `1 / (weight + left * ramp[k])` after k steps; see Shares in scan.c. */
+    void (*shares)(double *to, int n, double weight, double left, const double *ramp, double keep);
+    /* Copies around the caches. */
+    void (*copy)(char *to, const char *from, size_t size);
+} Loops;
+
+extern const Loops LOOPS[VERSION_COUNT];
+
+#endif

@@ -1,0 +1,338 @@
+/* The loops of the scan along time, each compiled once for every instruction set, with the same bits from all of them.
+
+   A line, whose steps lie side by side, goes through registers of 8. What it is given is summed over windows of 2, 4, 8
+   and 16 steps, each value as faded as it then is; and every 16th sum is one recurrence, so 16 of them go on side by
+   side. Of columns, whose neighbours lie side by side, 64 at a time take one step after the other in registers. */
+
+#include "scan.h"
+
+#ifdef MANY_INSTRUCTION_SETS
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* nothing here passes vectors to what is not inline */
+#endif
+
+/* Doubles in a vector; bytes that are asked for before they are read. */
+enum { LANES = 8, AHEAD = 2048 };
+
+typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+
+#if defined(__clang__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+typedef int64_t Places __attribute__((vector_size(LANES * sizeof(int64_t))));
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (Places){__VA_ARGS__})
+#endif
+
+/* What came 1, 2 and 4 steps before each of x, `before` being what came before x. */
+#define BACK_1(before, x) SHUFFLE(before, x, 7, 8, 9, 10, 11, 12, 13, 14)
+#define BACK_2(before, x) SHUFFLE(before, x, 6, 7, 8, 9, 10, 11, 12, 13)
+#define BACK_4(before, x) SHUFFLE(before, x, 4, 5, 6, 7, 8, 9, 10, 11)
+
+INLINE Doubles load(const void *from, const Dtype dtype)
+{
+    const float *x = from;
+    Doubles whole;
+    if (dtype == FLOAT32) /* of this GCC makes one instruction, of a conversion of vectors four */
+        return (Doubles){x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]};
+    memcpy(&whole, from, sizeof whole);
+    return whole;
+}
+
+INLINE void store(void *to, const Doubles *x, const Dtype dtype)
+{
+    if (dtype == FLOAT32) {
+        const Floats narrow = __builtin_convertvector(*x, Floats);
+        memcpy(to, &narrow, sizeof narrow);
+    } else
+        memcpy(to, x, sizeof *x);
+}
+
+/* Asks for what is read soon: the processor's own guesses come too late for loops as long as these. */
+INLINE void fetch(const char *from, int size)
+{
+#if defined(__GNUC__)
+    for (int k = 0; k < size; k += 64)
+        __builtin_prefetch(from + k);
+#endif
+}
+
+INLINE double line(
+    char *restrict to, const char *restrict from, int n, double base, double sum, const double *restrict post,
+    const Fading *fading, const Dtype dtype)
+{
+    const double *keep = fading->keep, k1 = keep[1], k2 = keep[2], k4 = keep[4], k8 = keep[8];
+    const double whole = fading->whole, lost = fading->lost;
+    const int size = (int)size_of(dtype);
+    /* The sum stands for all that came before, one step before the first. */
+    Doubles one = {0, 0, 0, 0, 0, 0, 0, sum}, two = one, four = one, eight = one;
+    Doubles even = {0}, odd = one;
+    for (int i = 0; i < n; i += WINDOW) {
+        fetch(from + i * size + AHEAD, WINDOW * size);
+        const Doubles a = load(from + i * size, dtype) - base, b = load(from + (i + LANES) * size, dtype) - base;
+        const Doubles a2 = a + k1 * BACK_1(one, a), b2 = b + k1 * BACK_1(a, b);
+        const Doubles a4 = a2 + k2 * BACK_2(two, a2), b4 = b2 + k2 * BACK_2(a2, b2);
+        const Doubles a8 = a4 + k4 * BACK_4(four, a4), b8 = b4 + k4 * BACK_4(a4, b4);
+        even = whole * even + ((a8 + k8 * eight) - lost * even);
+        odd = whole * odd + ((b8 + k8 * a8) - lost * odd);
+        const Doubles first = post ? base + load(post + i, FLOAT64) * even : even;
+        const Doubles second = post ? base + load(post + i + LANES, FLOAT64) * odd : odd;
+        store(to + i * size, &first, dtype);
+        store(to + (i + LANES) * size, &second, dtype);
+        one = b, two = b2, four = b4, eight = b8;
+    }
+    return odd[LANES - 1];
+}
+
+INLINE double reach(
+    const char *restrict from, ptrdiff_t n, double base, double sum, const Fading *fading, const Dtype dtype)
+{
+    const double whole = fading->whole, lost = fading->lost;
+    const int size = (int)size_of(dtype);
+    Doubles even = {0}, odd = {0, 0, 0, 0, 0, 0, 0, sum};
+    for (; n >= WINDOW; n -= WINDOW, from += WINDOW * size) {
+        fetch(from + AHEAD, WINDOW * size);
+        even = whole * even + ((load(from, dtype) - base) - lost * even);
+        odd = whole * odd + ((load(from + LANES * size, dtype) - base) - lost * odd);
+    }
+    double total = 0.0;
+    for (int k = 0; k < LANES; k++)
+        total += fading->keep[WINDOW - 1 - k] * even[k] + fading->keep[LANES - 1 - k] * odd[k];
+    return total;
+}
+
+/* Whole windows of shares, `1 / weight`. */
+INLINE void shares(double *restrict to, int n, double weight, double left, const double *restrict ramp, double keep)
+{
+    for (int i = 0; i < n; i += WINDOW) {
+        for (int k = 0; k < WINDOW; k++)
+            to[i + k] = 1.0 / (weight + left * ramp[k + 1]);
+        weight += left * ramp[WINDOW];
+        left *= keep;
+    }
+}
+
+/* Some vectors of columns. */
+INLINE void group(
+    char *restrict to, const char *restrict from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps,
+    double *restrict sums, const double *restrict base, const double *pre, const double *post, const Fading *fading,
+    const Dtype dtype, const int vectors)
+{
+    const double whole = fading->whole1, lost = fading->lost1;
+    const int size = LANES * (int)size_of(dtype);
+    Doubles sum[8], low[8];
+    for (int k = 0; k < vectors; k++)
+        sum[k] = load(sums + k * LANES, FLOAT64), low[k] = load(base + k * LANES, FLOAT64);
+    for (int t = 0; t < steps; t++, to += to_step, from += from_step) {
+        const double before = pre ? pre[t] : 1.0, after = post[t];
+        fetch(from + ahead, vectors * size);
+        for (int k = 0; k < vectors; k++) {
+            const Doubles u = before * (load(from + k * size, dtype) - low[k]);
+            sum[k] = whole * sum[k] + (u - lost * sum[k]);
+            const Doubles result = low[k] + after * sum[k];
+            store(to + k * size, &result, dtype);
+        }
+    }
+    for (int k = 0; k < vectors; k++)
+        store(sums + k * LANES, &sum[k], FLOAT64);
+}
+
+INLINE void columns(
+    char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps, int n, double *sums,
+    const double *base, const double *pre, const double *post, const Fading *fading, const Dtype dtype)
+{
+    const int size = (int)size_of(dtype);
+    int i = 0;
+#define GROUPS(vectors)                                                                                            \
+    for (; n - i >= vectors * LANES; i += vectors * LANES)                                                         \
+        group(to + i * size, from + i * size, to_step, from_step, ahead, steps, sums + i, base + i, pre, post, fading, \
+              dtype, vectors);
+    GROUPS(8)
+    GROUPS(4)
+    GROUPS(1)
+#undef GROUPS
+    for (; i < n; i++)
+        for (int t = 0; t < steps; t++) {
+            const double u = (pre ? pre[t] : 1.0) * (read_double(from + t * from_step, i, dtype) - base[i]);
+            sums[i] = fading->whole1 * sums[i] + (u - fading->lost1 * sums[i]);
+            if (dtype == FLOAT32)
+                ((float *)(to + t * to_step))[i] = (float)(base[i] + post[t] * sums[i]);
+            else
+                ((double *)(to + t * to_step))[i] = base[i] + post[t] * sums[i];
+        }
+}
+
+INLINE void write_double(void *to, int i, double x, Dtype dtype)
+{
+    switch (dtype) {
+    case FLOAT32: ((float *)to)[i] = (float)x; break;
+    case FLOAT64: ((double *)to)[i] = x; break;
+    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
+    default: ((uint16_t *)to)[i] = half_of((float)x);
+    }
+}
+
+/* Steps of 1 and -1 are told to the compiler, which has vectors for them. */
+
+INLINE void read_steps(double *restrict u, const char *from, int n, ptrdiff_t step, double base, const Dtype dtype)
+{
+    const ptrdiff_t size = (ptrdiff_t)size_of(dtype);
+    if (step == 1) {
+        INDEPENDENT
+        for (int i = 0; i < n; i++)
+            u[i] = read_double(from, i, dtype) - base;
+    } else if (step == -1) {
+        INDEPENDENT
+        for (int i = 0; i < n; i++)
+            u[i] = read_double(from, -i, dtype) - base;
+    } else
+        for (int i = 0; i < n; i++)
+            u[i] = read_double(from + i * step * size, 0, dtype) - base;
+}
+
+INLINE void write_steps(
+    char *to, const double *restrict y, int n, ptrdiff_t step, double base, const double *restrict post,
+    const Dtype dtype)
+{
+    const ptrdiff_t size = (ptrdiff_t)size_of(dtype);
+    if (step == 1) {
+        INDEPENDENT
+        for (int i = 0; i < n; i++)
+            write_double(to, i, base + (post ? post[i] : 1.0) * y[i], dtype);
+    } else if (step == -1) {
+        INDEPENDENT
+        for (int i = 0; i < n; i++)
+            write_double(to, -i, base + (post ? post[i] : 1.0) * y[i], dtype);
+    } else
+        for (int i = 0; i < n; i++)
+            write_double(to + i * step * size, 0, base + (post ? post[i] : 1.0) * y[i], dtype);
+}
+
+INLINE void extremes(double *restrict low, double *restrict high, const char *from, int n, int begins, const Dtype dtype)
+{
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const double x = read_double(from, i, dtype);
+        low[i] = begins || x < low[i] || x != x ? x : low[i];
+        high[i] = begins || x > high[i] || x != x ? x : high[i];
+    }
+}
+
+/* Copies whole cache lines without fetching first what they held. */
+INLINE void copy_lines(char *to, const char *from, size_t size, void (*copy_line)(char *to, const char *from))
+{
+    enum { LINE = 64 };
+    const size_t ahead = (size_t)(-(uintptr_t)to % LINE), head = ahead < size ? ahead : size;
+    size_t done = head;
+    memcpy(to, from, head);
+    for (; size - done >= LINE; done += LINE)
+        copy_line(to + done, from + done);
+    memcpy(to + done, from + done, size - done);
+}
+
+#ifdef MANY_INSTRUCTION_SETS
+TARGET_AVX512 INLINE void copy_line_avx512(char *to, const char *from)
+{
+    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
+}
+
+TARGET_AVX2 INLINE void copy_line_avx2(char *to, const char *from)
+{
+    for (int k = 0; k < 64; k += 32)
+        _mm256_stream_si256((__m256i *)(to + k), _mm256_loadu_si256((const __m256i *)(from + k)));
+}
+#endif
+
+INLINE void copy_line_baseline(char *to, const char *from)
+{
+#ifdef MANY_INSTRUCTION_SETS
+    for (int k = 0; k < 64; k += 16)
+        _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
+#else
+    memcpy(to, from, 64);
+#endif
+}
+
+/* One copy of each loop for each dtype. */
+
+#define BY_DTYPE(CALL)                                                                                             \
+    switch (dtype) {                                                                                               \
+    case FLOAT32: CALL(FLOAT32); break;                                                                            \
+    case FLOAT64: CALL(FLOAT64); break;                                                                            \
+    case BFLOAT16: CALL(BFLOAT16); break;                                                                          \
+    default: CALL(FLOAT16);                                                                                        \
+    }
+
+#define COMPILE(version, TARGET)                                                                                   \
+    TARGET static void read_##version(                                                                             \
+        double *u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype)                              \
+    {                                                                                                              \
+        BY_DTYPE(READ)                                                                                             \
+    }                                                                                                              \
+    TARGET static void write_##version(                                                                            \
+        char *to, const double *y, int n, ptrdiff_t step, double base, const double *post, Dtype dtype)            \
+    {                                                                                                              \
+        BY_DTYPE(WRITE)                                                                                            \
+    }                                                                                                              \
+    TARGET static void extremes_##version(double *low, double *high, const char *from, int n, int begins, Dtype dtype) \
+    {                                                                                                              \
+        BY_DTYPE(EXTREMES)                                                                                         \
+    }                                                                                                              \
+    TARGET static double line_##version(                                                                           \
+        char *to, const char *from, int n, double base, double sum, const double *post, const Fading *fading,      \
+        Dtype dtype)                                                                                               \
+    {                                                                                                              \
+        if (!post)                                                                                                 \
+            return line(to, from, n, base, sum, NULL, fading, FLOAT64);                                            \
+        return dtype == FLOAT32 ? line(to, from, n, base, sum, post, fading, FLOAT32)                              \
+                                : line(to, from, n, base, sum, post, fading, FLOAT64);                             \
+    }                                                                                                              \
+    TARGET static double reach_##version(                                                                          \
+        const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype)                 \
+    {                                                                                                              \
+        return dtype == FLOAT32 ? reach(from, n, base, sum, fading, FLOAT32)                                       \
+                                : reach(from, n, base, sum, fading, FLOAT64);                                      \
+    }                                                                                                              \
+    TARGET static void columns_##version(                                                                          \
+        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps, int n,     \
+        double *sums, const double *base, const double *pre, const double *post, const Fading *fading, Dtype dtype) \
+    {                                                                                                              \
+        if (dtype == FLOAT32)                                                                                      \
+            columns(to, from, to_step, from_step, ahead, steps, n, sums, base, pre, post, fading, FLOAT32);        \
+        else                                                                                                       \
+            columns(to, from, to_step, from_step, ahead, steps, n, sums, base, pre, post, fading, FLOAT64);        \
+    }                                                                                                              \
+    TARGET static void shares_##version(                                                                           \
+        double *to, int n, double weight, double left, const double *ramp, double keep)                            \
+    {                                                                                                              \
+        shares(to, n, weight, left, ramp, keep);                                                                   \
+    }                                                                                                              \
+    TARGET static void copy_##version(char *to, const char *from, size_t size)                                     \
+    {                                                                                                              \
+        copy_lines(to, from, size, copy_line_##version);                                                           \
+    }
+
+#define READ(dtype) read_steps(u, from, n, step, base, dtype)
+#define WRITE(dtype) write_steps(to, y, n, step, base, post, dtype)
+#define EXTREMES(dtype) extremes(low, high, from, n, begins, dtype)
+
+COMPILE(baseline, )
+#ifdef MANY_INSTRUCTION_SETS
+COMPILE(avx2, TARGET_AVX2)
+COMPILE(avx512, TARGET_AVX512)
+#endif
+
+#define OF(version)                                                                                                \
+    {read_##version, write_##version, line_##version, reach_##version, columns_##version, extremes_##version,      \
+     shares_##version, copy_##version}
+
+const Loops LOOPS[VERSION_COUNT] = {
+#ifdef MANY_INSTRUCTION_SETS
+    [AVX512] = OF(avx512),
+    [AVX2] = OF(avx2),
+#endif
+    [BASELINE] = OF(baseline),
+};
