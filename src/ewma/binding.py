@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ewma import kernels
+from ewma import kernels, offload
 from ewma.kernels.noise import GOLDEN, MASK, word
 from ewma.names import Named, named_tensors
 from ewma.places import watch
@@ -60,9 +60,7 @@ class Policy:
 
     def new_average(self, tensor: Tensor) -> Tensor:
         """Room for the average of a tensor, holding its values; NaN where they are not finite, for "nothing yet"."""
-        average = torch.empty_like(
-            tensor, dtype=self.average_dtype(tensor), device=self.device or tensor.device, requires_grad=False
-        )
+        average = offload.room(tensor, self.device, self.average_dtype(tensor))
         self.fill(average, tensor)
         return average
 
@@ -99,6 +97,7 @@ class Binding:
         self._copy_in(copies)
         self.clocks = [track.clock for track in tracks]
         self.updates = list(self._updates())
+        self.offloaded = [update for update, _, _ in self.updates if isinstance(update, offload.OffloadedLerp)]
         mine = [average for update, _, _ in self.updates for average in update.noted]
         self.moved = watch(model, [*(named.tensor for named in self.averaged + self.copied), *mine])
         """Whether any of the tensors has changed since: complete, and cheap enough for every step."""
@@ -145,7 +144,18 @@ class Binding:
             ]
             update(mine, words)
         if self.copies_from:
-            torch._foreach_copy_(self.copies_to, self.copies_from)
+            self.copy_over()
+
+    def hold(self) -> None:
+        """Let what the device does next change the weights only after they were copied."""
+        for update in self.offloaded:
+            update.hold()
+
+    def settle(self) -> None:
+        """Wait until averages and copies in host memory hold the last update."""
+        for update in self.offloaded:
+            update.settle()
+        self.copy_over.settle()
 
     def skipped(self) -> Any:
         """How many non-finite elements were left out, as an int or a tensor."""
@@ -169,6 +179,7 @@ class Binding:
             track.begin(new)
             track.stop({named.name for named in self.averaged})
             if self.policy.capturable:
+                self._refuse_offloaded()
                 for clock in (track.clock, *track.clocks.values()):
                     clock.on_device(local(next(iter(track.averages.values()))).new_empty((), dtype=torch.float64))
         self._align()
@@ -182,8 +193,16 @@ class Binding:
                 f"reshard() on the module that was sharded first, or average that one with only=."
             )
         if is_sharded(named.tensor):
-            return placed_like(average, named.tensor)
-        return average.to(self.policy.device or named.tensor.device)
+            average = placed_like(average, named.tensor)
+        return offload.placed(average, named.tensor, self.policy.device)
+
+    def _refuse_offloaded(self) -> None:
+        for named in self.averaged:
+            if offload.offloaded(named.tensor, self.policy.device):
+                raise ValueError(
+                    f'{named.name} is on {named.tensor.device}: device="cpu" averages on the host, which a CUDA graph '
+                    f"cannot hold. Leave out capturable=True, and update outside of the graph; or leave out device=."
+                )
 
     def _align(self) -> None:
         """One dtype and layout for a tensor's averages in all tracks; loading one of them may have changed its own."""
@@ -205,9 +224,11 @@ class Binding:
                 named.tensor.dtype,
                 device,
             ):
-                copies[named.name] = named.tensor.detach().to(device, copy=True)
+                copies[named.name] = offload.room(named.tensor, device)
+                local(copies[named.name]).copy_(local(named.tensor))
         self.copies_to = [local(copies[named.name]) for named in self.copied]
         self.copies_from = [local(named.tensor) for named in self.copied]
+        self.copy_over = offload.Copies(self.copies_to, self.copies_from)
 
     def _updates(self) -> Any:
         """One prepared update for all tensors that share clocks (by their numbers), dtypes and devices."""
@@ -215,13 +236,19 @@ class Binding:
         for named in self.averaged:
             average = self.tracks[0].averages[named.name]
             clocks = tuple(self._number(track.clock_of(named.name)) for track in self.tracks)
-            kind = (named.tensor.dtype, named.tensor.device, average.dtype, average.device)
+            away = offload.offloaded(named.tensor, self.policy.device)
+            steady = away and named.is_parameter
+            kind = (named.tensor.dtype, named.tensor.device, average.dtype, average.device, away, steady)
             groups.setdefault((clocks, kind), []).append(named)
-        for (clocks, _), group in groups.items():
+        for (clocks, (*_, away, steady)), group in groups.items():
             averages = [[_real(local(track.averages[named.name])) for named in group] for track in self.tracks]
             values = [_real(local(named.tensor)) for named in group]
             streams = [_stream(named) for named in group]
-            update = kernels.lerp(values, averages, streams, self.policy.guard)
+            update: kernels.Lerp
+            if away:
+                update = offload.lerp(values, averages, streams, self.policy.guard, aside=steady)
+            else:
+                update = kernels.lerp(values, averages, streams, self.policy.guard)
             yield update, clocks, averages[0][0].dtype
 
     def _number(self, clock: Recurrence) -> int:

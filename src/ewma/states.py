@@ -63,6 +63,7 @@ def restore(ema: ModelEMA, state: Mapping[str, Any], profile: WhichProfile) -> N
     raw = {canonical(name, live): tensor for name, tensor in state.get("raw", {}).items()}
     if problem := mismatch(f"{what}, raw weights", _shapes({n: live[n] for n in raw if n in live}), _shapes(raw), ""):
         raise ValueError(problem)
+    ema.settle()
     with torch.inference_mode(False), torch.no_grad():
         for name, track in ema.tracks.items():
             track.load(averages.get(name, {}), state["tracks"][name], chosen[name])
@@ -87,6 +88,7 @@ def restore_track(
     roles = {named.name: ema.policy.role(named) for named in named_tensors(ema.model)}
     buffers = {name: tensor for name, tensor in tensors.items() if roles.get(name) == "copied"}
     copied = _check_copies(ema, what, buffers)
+    ema.settle()
     with torch.inference_mode(False), torch.no_grad():
         track.load(averages, metadata, chosen)
         _keep(ema, copied)

@@ -41,7 +41,8 @@ class ModelEMA(Readable):
         debias: False starts at the first weights seen as if they had always been there.
         dtype: of the averages. "auto" keeps float32 and float64 and averages 16-bit weights in float32;
             torch.bfloat16 halves the memory and rounds stochastically: unbiased, with noise of one part in 250.
-        device: of the averages; by default where each parameter is.
+        device: of the averages; by default where each parameter is. "cpu" keeps those of weights on an accelerator in
+            pinned host memory, and copies and averages beside the training (docs/weights.md).
         buffers: what becomes of floating buffers such as BatchNorm statistics: "copy" the newest, "average" them, or
             "leave" them out. Integers and bools are always copied.
         only: which parameters to average: globs over canonical names ("blocks.*", or a list), or a predicate
@@ -183,7 +184,7 @@ class ModelEMA(Readable):
 
         if not callable(elapsed):
             check_elapsed(elapsed)
-        self._handles = hooks.around_steps(optimizers, self.refuse_if_swapped, after_step)
+        self._handles = hooks.around_steps(optimizers, self._before_step, after_step)
         return self
 
     def detach(self) -> None:
@@ -191,10 +192,12 @@ class ModelEMA(Readable):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._hold()
 
     def reset(self) -> None:
         """Forget everything: the next update is the first."""
         self.refuse_if_swapped()
+        self.settle()
         for track in self.tracks.values():
             track.restart()
         self._binding, self._skipped = None, 0
@@ -240,6 +243,7 @@ class ModelEMA(Readable):
             return binding
         with torch.inference_mode(False), torch.no_grad():
             binding = self._rebind_if_moved()
+            binding.settle()
             if swapping.raw_weights(self.model) is None:
                 for track in self.tracks.values():
                     if not track.updated:
@@ -260,10 +264,24 @@ class ModelEMA(Readable):
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle is not attached to anything: optimizers drop their hooks likewise."""
         self.refuse_if_swapped()
+        self.settle()
         return {**self.__dict__, "_skipped": self.skipped, "_binding": None, "_handles": []}
 
     def _read(self) -> tuple[ModelEMA, Track]:
         return self, next(iter(self.tracks.values()))
+
+    def settle(self) -> None:
+        """Wait until averages in host memory hold the last update. All that reads or writes them does."""
+        if self._binding is not None:
+            self._binding.settle()
+
+    def _before_step(self) -> None:
+        self.refuse_if_swapped()
+        self._hold()
+
+    def _hold(self) -> None:
+        if self._binding is not None:
+            self._binding.hold()
 
     def _start_waiting(self) -> None:
         self._steps, self._waiting, self._waiting_at_most = 0, 0.0, 0.0
@@ -281,12 +299,15 @@ class ModelEMA(Readable):
         # Averages made or written in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._rebind_if_moved().run(elapsed, at_most, self.seed)
+            if not self._handles:  # nobody tells when the weights change next
+                self._hold()
 
     def _rebind_if_moved(self) -> Binding:
         if self._binding is not None and self._binding.moved():
             reshard(self.model)
         if self._binding is None or self._binding.moved():
             if self._binding is not None:
+                self._binding.settle()
                 self._skipped = self._skipped + self._binding.skipped()
             self._binding = None
             self._binding = Binding(self.model, self.policy, list(self.tracks.values()), self.copies)
