@@ -17,10 +17,15 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Small, same
+from tests.ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 import ewma
 from ewma import offload
+from ewma.shards import local
 
 DECAY = 0.9
 ACCELERATOR = torch.accelerator.current_accelerator()
@@ -353,6 +358,32 @@ def test_what_goes_wrong_in_the_thread_is_told_when_the_averages_are_read(lanes,
     run.ema.reset()
     run.plain.reset()
     assert run.train().agrees()
+
+
+# On several ranks
+
+
+def sharded() -> tuple[bool, int, set[str]]:
+    offload.offloaded = lambda tensor, device: device is not None
+    model = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 1))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    host = ewma.ModelEMA(model, decay=DECAY, device="cpu").attach(optimizer)
+    beside = ewma.ModelEMA(model, decay=DECAY).attach(optimizer)
+    for _ in range(3):
+        model(torch.randn(2, 4)).mean().backward()
+        optimizer.step()
+    with CommDebugMode() as communication:
+        host.update()
+        host.settle()
+    beside.update()
+    names = {type(update).__name__ for update in host._binding.offloaded}
+    equal = same(*({name: local(average) for name, average in ema.named_parameters()} for ema in (host, beside)))
+    return equal, communication.get_total_counts(), names
+
+
+def test_shards_cross_by_themselves() -> None:
+    assert on_ranks(sharded, 2) == 2 * [(True, 0, {"OffloadedLerp"})]
 
 
 # Resuming
