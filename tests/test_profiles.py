@@ -38,6 +38,7 @@ from ewma.profiles import (
     ramp,
     resolve,
     tensorflow,
+    triangular,
 )
 
 approx = pytest.approx
@@ -69,6 +70,9 @@ OTHERS = (
     from_lr_decay(shape="linear", steps=30),
     from_lr_decay(shape="cosine", steps=30),
     from_lr_decay(shape="sqrt", steps=30),
+    triangular(steps=30),
+    triangular(steps=30, peak=0.5),
+    triangular(steps=30, peak=0),
     cosine(steps=10).scaled(4),
     after(start=3, profile=ramp(tau=7).scaled(2)).scaled(2.5),
 )
@@ -310,6 +314,16 @@ def test_the_average_for_a_linear_decay_is_the_uniform_mean():
     assert from_lr_decay(shape="linear", steps=20).weights(20) == approx(Uniform().weights(20), rel=1e-13)
 
 
+@pytest.mark.parametrize("peak", [0.0, 0.3, 0.5, 1.0])
+def test_a_triangle_has_the_areas_of_a_triangle(peak: float):
+    def height(x: float) -> float:  # of a triangle of area 1 over [0, 1]
+        return 2 * x / peak if x < peak else 2 * (1 - x) / (1 - peak) if peak < 1 else 2.0
+
+    fine = 20_000
+    areas = [sum(height((k + (i + 0.5) / fine) / 10) for i in range(fine)) / fine / 10 for k in range(10)]
+    assert triangular(steps=10, peak=peak).weights(12) == approx([*areas, 0.0, 0.0], abs=1e-6)
+
+
 # ---- profiles as values
 
 
@@ -464,6 +478,7 @@ def test_a_width_goes_by_name_and_is_a_number():
         (lambda: ramp(tau=-1), "tau must be a finite number above 0"),
         (lambda: fraction(share=0), "share must be a finite number above 0"),
         (lambda: after(start=-1, profile=Uniform()), "start must be at least 0; got start=-1"),
+        (lambda: triangular(steps=9, peak=1.5), r"peak must be in \[0, 1\]"),
         (lambda: from_lr_decay(steps=0), "steps must be a finite number above 0"),
         (lambda: from_lr_decay(shape="step", steps=9), "shape must be one of linear, cosine, sqrt; got 'step'"),
         (lambda: cosine(steps=9).scaled(0), "k must be a finite number above 0; got k=0"),

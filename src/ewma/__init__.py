@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ewma import checkpoints, gradients, nn, profiles
+    from ewma import checkpoints, gradients, nn, posthoc, profiles
     from ewma.gradients import GradientEMA
     from ewma.profiles import Exponential, Power, Uniform
     from ewma.series import EMA
@@ -24,6 +24,7 @@ __all__ = [
     "ewm",
     "gradients",
     "nn",
+    "posthoc",
     "profiles",
     "smooth",
 ]

@@ -74,6 +74,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, metadata
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text atomically: `path` holds the old file or the whole new one."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        settle(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
 def check_format(what: str, state: Any, kind: str | None = None) -> None:
     """Refuse a state that a newer version wrote, or that is of another class."""
     if not isinstance(state, Mapping) or "format" not in state:

@@ -27,6 +27,7 @@ def collect(ema: ModelEMA) -> dict[str, Any]:
         "format": files.FORMAT,
         "kind": "ModelEMA",
         "seed": ema.seed,
+        "run": ema.run,
         "skipped": ema.skipped,
         **ema.step_state(),
         "tracks": {name: track.clock_state() for name, track in ema.tracks.items()},

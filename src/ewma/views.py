@@ -123,6 +123,7 @@ class Readable(ABC):
             "kind": "ModelEMA",
             "averaged": [name for named in ema.bind().averaged for name in named.names],
             "seed": ema.seed,
+            "run": ema.run,
             "skipped": ema.skipped,
             **ema.step_state(),
             **track.clock_state(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -118,6 +119,7 @@ class ModelEMA(Readable):
             capturable=capturable,
         )
         self.seed = seed
+        self.run = secrets.token_hex(8)
         self.copies: dict[str, Tensor] = {}
         self._binding: Binding | None = None
         self._skipped: Any = 0
@@ -201,6 +203,7 @@ class ModelEMA(Readable):
         for track in self.tracks.values():
             track.restart()
         self._binding, self._skipped = None, 0
+        self.run = secrets.token_hex(8)
         self._start_waiting()
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +230,7 @@ class ModelEMA(Readable):
     def resumed(self, state: Mapping[str, Any]) -> None:
         """Go on with the numbers of a state whose averages have been taken over."""
         self.seed = state["seed"]
+        self.run = state.get("run", self.run)
         self._skipped = state["skipped"]
         self._steps, self._waiting = state["steps"], state["waiting"]
         self._waiting_at_most = state["waiting_at_most"]

@@ -19,7 +19,7 @@ from typing import Any
 from ewma.profiles.base import Profile, Scalar, carry, check_profile, choose, scaled
 from ewma.profiles.exponential import KNOBS, Exponential, bare_number
 from ewma.profiles.growing import Power, Uniform
-from ewma.profiles.phases import after, from_lr_decay
+from ewma.profiles.phases import after, from_lr_decay, triangular
 from ewma.profiles.schedules import cosine, fraction, inverse_gamma, linear, mean_teacher, ramp, tensorflow
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "resolve",
     "scaled",
     "tensorflow",
+    "triangular",
 ]
 
 PROFILES: dict[str, type[Profile]] = {
@@ -62,6 +63,7 @@ PROFILES: dict[str, type[Profile]] = {
         fraction,
         after,
         from_lr_decay,
+        triangular,
         scaled,
     )
 }

@@ -80,3 +80,40 @@ class from_lr_decay(Profile):
 
     def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         return 1.0, 0.0 * elapsed, self.multiplier(time - elapsed) - self.multiplier(time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class triangular(Profile):
+    """Weights that rise in a straight line, and fall again: `keep = 1`, `gain` the triangle's area over the update.
+
+    Begin it where the window does: `after(start=90_000, profile=triangular(steps=10_000))`. After `steps` nothing more
+    is added.
+
+    Args:
+        steps: length of the window.
+        peak: where the weights are highest, as a share of it: 1 rises to the newest (the weighted moving average of
+            checkpoints, arXiv 2505.12082), .5 is symmetric.
+
+    >>> [round(weight, 3) for weight in triangular(steps=4).weights(4)]
+    [0.062, 0.188, 0.312, 0.438]
+    """
+
+    steps: float
+    peak: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", in_range("steps", self.steps, "a finite number above 0", above_zero))
+        object.__setattr__(self, "peak", in_range("peak", self.peak, "in [0, 1]", lambda p: 0.0 <= p <= 1.0))
+
+    def area(self, time: Scalar) -> Scalar:
+        """The share of the triangle that lies before `time`."""
+        share = choose(time < self.steps, time / self.steps, 1.0)
+        left = 1.0 - share
+        rising = share * share / max(self.peak, 1e-300)
+        return choose(share < self.peak, rising, 1.0 - left * left / max(1.0 - self.peak, 1e-300))
+
+    def forgetting(self, time: Scalar, elapsed: Scalar) -> Scalar:
+        return 0.0 * elapsed
+
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        return 1.0, 0.0 * elapsed, self.area(time) - self.area(time - elapsed)

@@ -71,6 +71,10 @@ class Checkpoint(ABC):
         """What is not a tensor, by flat name: steps, decays, strings."""
         return {}
 
+    def parts(self) -> list[str]:
+        """The keys of a nested state that hold tensors further down; none of a flat one."""
+        return []
+
     def close(self) -> None:  # noqa: B027  (some have nothing to let go of)
         """Let go of the file. Tensors that were read stay."""
 

@@ -47,6 +47,10 @@ class Distributed(Checkpoint):
     def others(self) -> dict[str, Any]:
         return {name: self._item(self._places[name, ()]) for name in self._bytes}
 
+    def parts(self) -> list[str]:
+        paths = self.metadata.planner_data or {}
+        return list(dict.fromkeys(str(paths[name][0]) for name in self.entries if len(paths.get(name, ())) > 1))
+
     def _item(self, info: Any) -> Any:
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"{self.path}: its parts are compressed; read it with torch.distributed.checkpoint.load")

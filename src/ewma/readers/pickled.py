@@ -38,6 +38,11 @@ class Pickled(Checkpoint):
     def others(self) -> dict[str, Any]:
         return dict(self._others)
 
+    def parts(self) -> list[str]:
+        nested = self.content if isinstance(self.content, dict) else {}
+        keys = [str(key) for key, value in nested.items() if isinstance(value, dict | list | tuple)]
+        return [key for key in keys if any(name.startswith(f"{key}.") for name in self.entries)]
+
     def close(self) -> None:
         self.content, self._tensors = None, {}
 

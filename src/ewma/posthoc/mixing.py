@@ -1,0 +1,167 @@
+"""One model out of several files, tensor by tensor: the mixture of those of one name, or a copy of the newest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf, prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ewma import pieces
+from ewma.pieces import Piece
+from ewma.readers import Checkpoint
+
+BLOCK = 2**16
+"""Elements of a tensor that are mixed at a time: what is read of each file is still in the caches when it is added."""
+
+MANY = 256
+"""With more files than this, each is closed after use: processes may not have many more open."""
+
+
+def nothing(elements: int) -> None:
+    """Where nobody wants to be told."""
+
+
+class Source:
+    """A file, and what its tensors are called in it."""
+
+    def __init__(self, file: Checkpoint, names: Mapping[str, str]) -> None:
+        self.file, self.names = file, names
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.file.dtype(self.names[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.shape(self.names[name])
+
+    def read(self, name: str) -> Tensor:
+        return self.file.read(self.names[name])
+
+    def read_part(self, name: str, begin: int, out: Tensor) -> None:
+        self.file.read_part(self.names[name], begin, out)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Tensors to be made of those in several files.
+
+    Args:
+        sources: oldest first.
+        shares: each tensor's coefficients, one a file, which sum to 1; None copies the newest, as integers are.
+        aliases: further names under which a tensor is given.
+    """
+
+    sources: Sequence[Source]
+    shares: Mapping[str, Sequence[float] | None]
+    aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def tensors(self, done: Callable[[int], object] = nothing) -> dict[str, Tensor]:
+        """All of them, in memory, in float32 or wider. `done` is told the elements of each tensor once it is made."""
+        made = {}
+        for name in self.shares:
+            made[name] = self.make(name)
+            done(made[name].numel())
+        return {alias: made[name] for name in made for alias in (name, *self.aliases.get(name, ()))}
+
+    def write(
+        self,
+        path: str | os.PathLike[str],
+        told: Mapping[str, str],
+        dtype: torch.dtype | None = None,
+        done: Callable[[int], object] = nothing,
+    ) -> None:
+        """Write them as safetensors, each as soon as it is made: whole, or not at all.
+
+        Args:
+            dtype: of the floating ones; by default float32 or wider.
+        """
+        place = Path(path)
+        if not place.parent.is_dir():
+            raise FileNotFoundError(f"{place}: the folder {place.parent} does not exist; make it first")
+        shards = pieces.split(self._pieces(dtype), inf)
+
+        def stream() -> Iterator[Tensor]:
+            for piece in shards[0]:
+                done(prod(piece.shape))
+                yield piece.read()
+
+        pieces.write(place, shards, stream(), {"format": "pt", **told})
+
+    @property
+    def elements(self) -> int:
+        """How many there are to make."""
+        return sum(self.sources[-1].file.entry(self.sources[-1].names[name]).numel for name in self.shares)
+
+    def make(self, name: str) -> Tensor:
+        """One of the tensors."""
+        return mix(name, parts) if (parts := self._parts(name)) else self.sources[-1].read(name)
+
+    def _parts(self, name: str) -> list[tuple[Source, float]]:
+        """What a tensor is mixed of; nothing where it is copied."""
+        shares = self.shares[name] or [0.0] * len(self.sources)
+        return [(source, share) for source, share in zip(self.sources, shares, strict=True) if share]
+
+    def _pieces(self, dtype: torch.dtype | None) -> Iterator[Piece]:
+        for name in self.shares:
+            dtypes = [source.dtype(name) for source, _ in self._parts(name)]
+            own = _wide(dtypes) if dtypes else self.sources[-1].dtype(name)
+            chosen = dtype if dtype is not None and own.is_floating_point else own
+            for alias in (name, *self.aliases.get(name, ())):
+                yield Piece(alias, chosen, self.sources[-1].shape(name), partial(self.make, name))
+
+
+def mix(name: str, parts: Sequence[tuple[Source, float]]) -> Tensor:
+    """`newest + sum of share * (other - newest)` over the files, the newest being the last.
+
+    With shares that sum to 1 that is their mixture; what is the same in all files comes out the same, to the bit.
+    """
+    newest = parts[-1][0]
+    dtype = _wide([source.dtype(name) for source, _ in parts])
+    out = torch.empty(newest.shape(name), dtype=dtype)
+    flat = out.view(-1)
+    in_parts = all(source.file.in_parts for source, _ in parts)
+    for begin in range(0, flat.numel(), BLOCK if in_parts else max(1, flat.numel())):
+        mixed = flat[begin : begin + BLOCK] if in_parts else flat
+        reference = _block(newest, name, begin, mixed)
+        mixed.copy_(reference)
+        for source, share in parts[:-1]:
+            mixed.add_(_block(source, name, begin, mixed).sub_(reference), alpha=share)
+            if len(parts) > MANY:
+                source.file.close()
+        if not mixed.isfinite().all():
+            return _not_finite(name, [source for source, _ in parts], out)
+    return out
+
+
+def _block(source: Source, name: str, begin: int, like: Tensor) -> Tensor:
+    block = torch.empty(like.shape, dtype=source.dtype(name))
+    source.read_part(name, begin, block)
+    return block.to(like.dtype)
+
+
+def _wide(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    wide = torch.float32
+    for dtype in dtypes:
+        # Of float8 no torch operation knows what to promote it to.
+        wide = torch.promote_types(wide, dtype if dtype.itemsize > 1 else torch.float32)
+    return wide
+
+
+def _not_finite(name: str, sources: Sequence[Source], out: Tensor) -> Tensor:
+    """Say which file holds something that is no number; but a mask that is the same in all of them is what it is."""
+    for source in sources:
+        wrong = (~source.read(name).to(out.dtype).isfinite()).sum().item()
+        if wrong:
+            newest = sources[-1].read(name)
+            if all(torch.equal(other.read(name), newest) for other in sources):
+                return newest.to(out.dtype)
+            raise ValueError(
+                f"{source.file.path}: {name} holds NaN or infinity in {wrong} of {out.numel()} elements, and nothing "
+                f"can be made of it. Leave this file out."
+            )
+    return out
