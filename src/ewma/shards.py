@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -20,15 +21,37 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Make FSDP2 register its sharded parameters again. Communicates nothing.
+    """Make FSDP register its sharded parameters again. Communicates nothing.
 
     After a forward without a backward the whole parameters stay registered: a copy, and what is written there is lost.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    fsdp = _fsdp()
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+        elif isinstance(module, fsdp.FullyShardedDataParallel) and module._handle and module._is_root is not None:
+            fsdp._runtime_utils._reshard(module, module._handle, True)
+
+
+def recover(model: nn.Module) -> None:
+    """Reshard after an exception, which may have left FSDP2 in the middle of a forward, where it does not reshard."""
+    fsdp = _fsdp()
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            with contextlib.suppress(RuntimeError):  # only the root does it, for all
+                module.reset_iter_state()
+
+
+def has_fsdp(model: nn.Module) -> bool:
+    """Whether any part of it is sharded by FSDP, 1 or 2."""
+    fsdp = _fsdp()
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def _fsdp() -> Any:
+    """FSDP, if anybody has imported it: who has not uses none, and it takes its time."""
+    return sys.modules.get("torch.distributed.fsdp")
 
 
 def first_element(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewma.names import unwrap
-from ewma.shards import reshard, write
+from ewma.shards import recover, reshard, write
 
 Pair: TypeAlias = tuple[Tensor, Tensor]  # a tensor of the model, and what goes into it
 Stash: TypeAlias = Literal["cpu"] | None
@@ -54,10 +54,17 @@ def swapped(model: nn.Module, pairs: list[Pair], stash: Stash = None) -> Iterato
     key = unwrap(model)
     swap = _swaps.setdefault(key, Swap())
     try:
+        reshard(key)
         with torch.no_grad():
             swap.enter(pairs, stash)
         swap.layers.append(pairs)
         yield
+    except BaseException:
+        reshard(key)
+        present = {id(tensor) for tensor in chain(key.parameters(), key.buffers())}
+        if any(id(live) not in present for live, _ in pairs):
+            recover(key)
+        raise
     finally:
         # An interrupt that arrives in here would leave half of each: finish first, then let it out.
         try:
@@ -70,6 +77,7 @@ def swapped(model: nn.Module, pairs: list[Pair], stash: Stash = None) -> Iterato
 def _leave(key: nn.Module, swap: Swap, pairs: list[Pair]) -> None:
     if swap.layers and swap.layers[-1] is pairs:
         swap.layers.pop()
+    reshard(key)
     with torch.no_grad():
         swap.leave(pairs)
     if not swap.layers:

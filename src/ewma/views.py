@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ewma import files, states, swapping
 from ewma.names import Named, mismatch, named_tensors, unwrap
 from ewma.profiles import Profile
+from ewma.shards import has_fsdp, reshard, write
 
 if TYPE_CHECKING:
     from ewma.tracks import Track
@@ -71,6 +72,7 @@ class Readable(ABC):
         if model is None or unwrap(model) is unwrap(ema.model):
             ema.refuse_if_swapped()
             pairs = self._pairs()
+            reshard(ema.model)
         else:
             mine = {named.name: (named, source) for named, source in self._sources()}
             theirs = {named.name: named for named in named_tensors(model)}
@@ -85,7 +87,7 @@ class Readable(ABC):
             pairs = [(named.tensor, mine[name][1]) for name, named in theirs.items()]
         with torch.no_grad():
             for live, source in pairs:
-                live.detach().copy_(source)
+                write(live, source)
 
     def module(self) -> nn.Module:
         """A frozen evaluation module that holds the averages: a teacher, or what to export.
@@ -96,6 +98,12 @@ class Readable(ABC):
         with the model; buffers that are left out are copied, so that a teacher in training mode does not touch them.
         """
         ema, _ = self._read()
+        if has_fsdp(ema.model):
+            raise NotImplementedError(
+                "an FSDP model cannot be copied, so there is no module() of one. Build the teacher as the model was "
+                "built, shard it likewise, and fill it after updates: ema.copy_to(teacher). To evaluate the averages "
+                "in the model itself: with ema.swapped()."
+            )
         memo: dict[int, Any] = {}
         left = {id(named.tensor) for named in ema.bind().raw if not named.is_parameter}
         for named, source in self._sources():
