@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Each makes .venv with what it needs, and is quick the second time.
-# For who changes the C files: `make sanitize`.
+# For who changes the C files: `make sanitize`; for who changes the kernels in Triton: `make triton`, once, which takes a
+# gigabyte, and from then on `make test` tests them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*') pyproject.toml README.md
 EWMA := $(VENV)/.ewma-$(notdir $(CC))
 
-.PHONY: demo test sanitize format bench clean
+.PHONY: demo test triton sanitize format bench clean
 
 demo: $(VENV)/.demo $(EWMA)
 	$(BIN)/python examples/train_digits.py
@@ -17,6 +18,8 @@ test: $(VENV)/.dev $(EWMA)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+triton: $(VENV)/.triton
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -49,6 +52,10 @@ $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --constraint constraints.txt setuptools
+	touch $@
+
+$(VENV)/.triton: $(VENV)/.torch
+	$(PIP) install --constraint constraints.txt --no-deps triton
 	touch $@
 
 # The extras' packages without the project itself, so that a changed source does not ask pip to resolve them again.

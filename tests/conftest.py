@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 
 from ewma import kernels
 
+TRITON_MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 NATIVE_MISSING = kernels.missing()
 if NATIVE_MISSING:
     os.environ.setdefault("EWMA_KERNEL", "foreach")  # content with that, without the warning
@@ -21,6 +26,8 @@ if NATIVE_MISSING:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if NATIVE_MISSING:
         terminalreporter.write_line(f"{NATIVE_MISSING}: the tests of kernels/native.c were skipped")
+    if TRITON_MISSING:
+        terminalreporter.write_line(f"{TRITON_MISSING}: the tests of kernels/triton*.py were skipped")
 
 
 @pytest.fixture(autouse=True)

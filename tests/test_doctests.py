@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 import pytest
-from tests.conftest import NATIVE_MISSING
+from tests.conftest import NATIVE_MISSING, TRITON_MISSING
 
 import ewma
 
@@ -16,8 +16,10 @@ MODULES = [module.name for module in pkgutil.walk_packages(ewma.__path__, "ewma.
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name: str) -> None:
-    if NATIVE_MISSING and name == "ewma.kernels.native":
+    if NATIVE_MISSING and name.startswith(("ewma.kernels.native", "ewma.kernels.compiled")):
         pytest.skip(NATIVE_MISSING)
+    if TRITON_MISSING and name.startswith("ewma.kernels.triton"):
+        pytest.skip(TRITON_MISSING)
     module = importlib.import_module(name)
     names = {public: getattr(ewma, public) for public in ewma.__all__} | vars(module)
     result = doctest.testmod(module, globs=names, optionflags=doctest.ELLIPSIS)

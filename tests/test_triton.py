@@ -1,0 +1,240 @@
+"""What is particular to the kernels in Triton; that they do what all kernels do is in test_kernels and their like."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from tests import lent
+from tests.conftest import NATIVE_MISSING, TRITON_MISSING
+from torch import Tensor
+
+from ewma import kernels
+from ewma.kernels import noise
+
+if TRITON_MISSING:
+    pytest.skip(TRITON_MISSING, allow_module_level=True)
+
+from ewma.kernels import triton
+
+bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NAN, INF = float("nan"), float("inf")
+DTYPES = [f32, f64, bf16, f16]
+BITS = {f32: torch.int32, f64: torch.int64, bf16: torch.int16}
+DEVICE = lent.DEVICE
+on_a_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
+
+
+def numbers(size: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=f64).to(dtype)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """But for NaN, which is NaN."""
+    one, other = (torch.where(x.isnan(), NAN, x) for x in (one, other))
+    return torch.equal(one.view(BITS[one.dtype]), other.view(BITS[one.dtype]))
+
+
+@pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
+@pytest.mark.parametrize("value_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "propagating"])
+def test_every_bit_is_the_compiled_kernels(value_dtype: torch.dtype, dtype: torch.dtype, guard: bool) -> None:
+    native: Any = importlib.import_module("ewma.kernels.native")
+    sizes, coefficients = [0, 1, 2, 63, triton.BLOCK + 1000], [1.0, 0.7, 1e-3, 0.0]
+    words = [None] * 4 if dtype == f64 else [None, 5, 2**32 - 1, None]
+    values = [numbers(size, value_dtype, 1 + number) for number, size in enumerate(sizes)]
+    values[3][[0, 5, 9]] = torch.tensor([NAN, INF, -INF]).to(value_dtype)
+    old = [[numbers(size, dtype, 10 * k + number) for number, size in enumerate(sizes)] for k in range(4)]
+    for averages in old:
+        averages[4][::7] = NAN
+        averages[3][[1, 5]] = torch.tensor([NAN, INF], dtype=dtype)
+    results = []
+    for kernel in (native, lent):
+        new = [[average.clone() for average in averages] for averages in old]
+        lerp = kernel.lerp(values, new, range(50, 55), guard)
+        lerp(coefficients, words)
+        results.append(([average for averages in new for average in averages], int(lerp.skipped)))
+    (right, right_skipped), (got, skipped) = results
+    assert all(map(same_bits, got, right))
+    assert skipped == right_skipped == 3 * guard
+
+
+@pytest.mark.parametrize("first", [2**31 - 1000, 2**31, 2**32, 5 * 10**9])
+@pytest.mark.parametrize("drawn", [None, 5])
+def test_far_into_a_tensor_larger_than_this_machine(first: int, drawn: int | None) -> None:
+    """The table tells of a tensor that begins far before the memory that is there."""
+    first -= first % triton.BLOCK
+    value, average = (numbers(1000, f32, seed).to(DEVICE) for seed in (0, 1))
+    exact = average.double() + 0.25 * (value.double() - average.double())
+    lerp = triton.lerp([value], [[average]], [11], True)
+    lerp.rows[0, 1] = first + 1000
+    lerp.rows[0, [0, 4]] -= 4 * first
+    lerp.blocks[0, 1] = first // triton.BLOCK
+    lerp([0.25], [drawn])
+    bits = noise.bits(torch.arange(first, first + 1000, device=DEVICE), 5, 11)
+    right = exact.float() if drawn is None else noise.round_stochastically(exact, f32, bits)
+    torch.testing.assert_close(average, right, rtol=0 if drawn else 2.0**-23, atol=0 if drawn else 2.0**-23)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+    launch = triton.launch
+    monkeypatch.setattr(
+        triton, "launch", lambda kernel, *given, **more: made.append(kernel) or launch(kernel, *given, **more)
+    )
+    return made
+
+
+def test_a_whole_list_is_one_launch(launches: list[Any]) -> None:
+    values = [numbers(size % 7, bf16, size).to(DEVICE) for size in range(30)]
+    averages = [[torch.zeros_like(value, dtype=f32) for value in values] for _ in range(2)]
+    lerp = triton.lerp(values, averages, range(30), True)
+    assert lerp.free
+    lerp([0.5, 0.25], [None, 7])
+    assert len(launches) == 1
+    for value, *several in zip(values, *averages, strict=True):
+        torch.testing.assert_close(several, [0.5 * value.float(), 0.25 * value.float()])
+
+
+def test_where_there_is_nothing_nothing_is_launched(launches: list[Any]) -> None:
+    triton.lerp([torch.ones(0, device=DEVICE)], [[torch.ones(0, device=DEVICE)]], [1], True)([0.5], [None])
+    assert not launches
+
+
+def test_what_only_torch_can_read_is_left_to_it() -> None:
+    values = [torch.randn(6, 5, device=DEVICE).t(), torch.ones(8, device=DEVICE)[::2], torch.ones(3, device=DEVICE)]
+    averages = [torch.zeros(5, 6, device=DEVICE), torch.zeros(4, device=DEVICE), torch.zeros(3, device=DEVICE)]
+    lerp = triton.lerp(values, [averages], [1, 2, 3], True)
+    assert len(lerp.values) == 1
+    assert not lerp.free
+    values[2][0] = NAN
+    values[1][0] = NAN
+    lerp([0.5], [None])
+    assert int(lerp.skipped) == 2
+    torch.testing.assert_close(averages[0], 0.5 * values[0])
+
+
+def test_tensors_that_begin_anywhere() -> None:
+    room = torch.randn(3 * triton.BLOCK, device=DEVICE)
+    for offset in range(5):
+        value = room[offset : offset + triton.BLOCK + 3]
+        average = torch.zeros(2 * triton.BLOCK, device=DEVICE)[offset : offset + triton.BLOCK + 3]
+        lerp = triton.lerp([value], [[average]], [1], True)
+        assert lerp.constants["ALIGNED"] == (offset % 4 == 0)
+        lerp([0.5], [None])
+        assert torch.equal(average, 0.5 * value)
+
+
+def test_autograd_is_told_of_what_was_overwritten() -> None:
+    average, weight = torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE, requires_grad=True)
+    product = weight * average
+    triton.lerp([torch.ones(8, device=DEVICE)], [[average]], [1], True)([0.5], [None])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "elsewhere": (
+        torch.ones(3, device="meta"),
+        torch.zeros(3, device="meta"),
+        "strided tensors on a CUDA device .*meta",
+    ),
+    "float16 averages": (torch.ones(3), torch.zeros(3, dtype=f16), "expected averages of float32, float64 or bfloat16"),
+    "shape": (torch.ones(3), torch.zeros(4), r"expected an average of shape \[3\]; got \[4\]"),
+    "holes": (torch.ones(3), torch.zeros(6)[::2], "expected dense averages"),
+    "gradient": (torch.ones(3), torch.zeros(3, requires_grad=True), "expected averages that need no gradient"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_is_launched(name: str) -> None:
+    value, average, said = REFUSED[name]
+    if not value.is_meta:
+        grad = average.requires_grad
+        value, average = (
+            value.to(DEVICE),
+            average.detach().to(DEVICE).requires_grad_(grad) if grad else average.to(DEVICE),
+        )
+    if name == "holes":
+        average = torch.zeros(6, device=DEVICE)[::2]
+    with pytest.raises(ValueError, match=said):
+        triton.lerp([value], [[average]], [1], True)
+
+
+def test_memory_that_is_shared_is_refused() -> None:
+    room = torch.zeros(8, device=DEVICE)
+    with pytest.raises(ValueError, match="two tensors overlap"):
+        triton.lerp([room[:4]], [[room[2:6]]], [1], True)
+
+
+def test_forced_it_serves_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EWMA_KERNEL", "triton")
+    value, average = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    lerp = kernels.lerp([value], [[average]], [1])
+    lerp([0.25], [None])
+    assert type(lerp).__module__ == "ewma.kernels.triton"
+    assert average.tolist() == [0.25] * 3
+
+
+@on_a_gpu
+def test_no_device_is_waited_for() -> None:
+    value, average = torch.randn(5000, device=DEVICE), torch.zeros(5000, device=DEVICE)
+    lerp = triton.lerp([value], [[average]], [1], True)
+    lerp([0.5], [None])
+    c, drawn = torch.tensor(0.5, dtype=f64, device=DEVICE), torch.tensor(5, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        triton.lerp([value], [[average]], [1], True)
+        lerp([0.5], [None])
+        lerp([c], [drawn])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+def test_in_a_cuda_graph_the_coefficient_is_read_anew() -> None:
+    value, average = torch.ones(100, device=DEVICE), torch.zeros(100, device=DEVICE)
+    c = torch.tensor(0.5, dtype=f64, device=DEVICE)
+    lerp = triton.lerp([value], [[average]], [1], True)
+    lerp([c], [None])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lerp([c], [None])
+    average.zero_()
+    for coefficient, right in ((0.5, 0.5), (0.25, 0.625)):
+        c.fill_(coefficient)
+        graph.replay()
+        assert average[0].item() == right
+
+
+COMPILED = """
+from tests import ahead
+import torch
+from ewma.kernels import triton
+bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+ahead.compile_for({capability})
+c, drawn = torch.tensor(.5, dtype=f64), torch.tensor(5)
+
+def lerp(value, average, coefficients, words):
+    values, averages = [torch.ones(8, dtype=value)], [[torch.ones(8, dtype=average)] for _ in words]
+    triton.lerp(values, averages, [1], True)(coefficients, words)
+    return ahead.made[-1]
+
+for value, average, word in ((f32, f32, None), (bf16, f32, None), (bf16, bf16, 5), (f16, f64, None), (f64, f32, 5)):
+    lerp(value, average, [.3], [word])
+    assert not ahead.count("fma"), "operations are fused"
+    assert not ahead.count("ftz"), "small numbers are flushed"
+    assert ahead.count(r"ld.global[^;]*[.]v[24]") >= 2, "not 16 bytes at a time"
+    assert ahead.count(r"st.global[^;]*[.]v[24]") >= 1
+assert lerp(f32, f32, [.3] * 3, [5, 1, 16]) is lerp(f32, f32, [1., 0., 1e-9], [0, 2**32 - 1, 7]), "two for one"
+lerp(f32, f32, [.3, c, c, .1], [5, None, drawn, None])
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_it_compiles_for_cuda(python: Any, capability: int) -> None:
+    python(COMPILED.format(capability=capability))
