@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.conftest import Small, train
+from tests.conftest import Small, same, train
+from tests.ranks import on_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import ewma
 from ewma import checkpoints
@@ -121,60 +125,65 @@ def test_the_memory_is_less_than_that_of_one_tensor(tmp_path: Path) -> None:
     assert float(done.stdout) < 16  # MiB: one tensor, of the 16 written
 
 
-RANKS = """
-import os, sys, torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from ewma import checkpoints
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-whole = {"uneven": torch.randn(5, 3), "one": torch.randn(1, 4), "columns": torch.randn(3, 4), "plain": torch.ones(2)}
-placed = {"uneven": [Shard(0)], "one": [Shard(0)], "columns": [Shard(1)]}
-tensors = {name: distribute_tensor(t, mesh, placed[name]) if name in placed else t for name, t in whole.items()}
-"""
+WHOLE = {
+    "uneven": torch.arange(15.0).reshape(5, 3),
+    "one": torch.arange(4.0).reshape(1, 4),
+    "columns": torch.arange(12.0).reshape(3, 4),
+    "plain": torch.ones(2),
+}
+PLACED = {"uneven": [Shard(0)], "one": [Shard(0)], "columns": [Shard(1)]}
 
 
-def on_two_ranks(folder: Path, program: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", "-c", RANKS + program, str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)], stdout=-1, stderr=-1, text=True) for rank in range(2)]
-    outputs = [rank.communicate(timeout=120) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), outputs
-    return [output for output, _ in outputs]
+def sharded() -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    return {name: distribute_tensor(t, mesh, PLACED[name]) if name in PLACED else t for name, t in WHOLE.items()}
 
 
-@pytest.fixture
-def ranks(tmp_path: Path) -> Callable[[str], list[str]]:
-    return lambda program: on_two_ranks(tmp_path, program)
+def write_in_one_and_in_parts(folder: Path) -> list[str]:
+    single = checkpoints.export(sharded(), folder / "single.safetensors")
+    parts = checkpoints.export(sharded(), folder / "parts", max_shard_size=60, dtype=torch.float64)
+    return [path.name for path in single + parts]
 
 
-def test_two_ranks_write_the_whole_tensors_once(ranks: Callable[[str], list[str]], tmp_path: Path) -> None:
-    program = """
-single = checkpoints.export(tensors, f"{folder}/single.safetensors")
-parts = checkpoints.export(tensors, f"{folder}/parts", max_shard_size=60)
-print([path.name for path in single + parts])
-if rank == 0:
-    from safetensors.torch import load_file
-    came = load_file(single[0])
-    assert came.keys() == whole.keys() and all(torch.equal(came[name], whole[name]) for name in whole)
-    came = {name: tensor for path in parts[:-1] for name, tensor in load_file(path).items()}
-    assert came.keys() == whole.keys() and all(torch.equal(came[name], whole[name]) for name in whole)
-"""
-    first, second = ranks(program)
+def test_two_ranks_write_the_whole_tensors_once(tmp_path: Path) -> None:
+    first, second = on_ranks(write_in_one_and_in_parts, 2, tmp_path)
     assert first == second
-    assert "model-00001-of-00003.safetensors" in first
-    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == sorted(first)
+    together = {n: t for path in (tmp_path / "parts").glob("*.safetensors") for n, t in load_file(path).items()}
+    assert together["one"].dtype == torch.float64
+    assert same({name: tensor.float() for name, tensor in together.items()}, WHOLE)
+    assert same(load_file(tmp_path / "single.safetensors"), WHOLE)
 
 
-def test_a_failure_on_rank_0_is_told_on_every_rank(ranks: Callable[[str], list[str]]) -> None:
-    program = """
-try:
-    checkpoints.export(tensors, f"{folder}/no/where")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-    first, second = ranks(program)
-    assert first.startswith("FileNotFoundError")
-    assert second.startswith("RuntimeError export failed on rank 0, which writes: FileNotFoundError: ")
+def fail_to_write(folder: Path) -> str:
+    try:
+        checkpoints.export(sharded(), folder / "no" / "where")
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "written"
+
+
+def test_a_failure_on_rank_0_is_told_on_every_rank(tmp_path: Path) -> None:
+    first, second = on_ranks(fail_to_write, 2, tmp_path)
+    assert first.startswith("FileNotFoundError: ")
+    assert second.startswith("RuntimeError: export failed on rank 0, which writes: FileNotFoundError: ")
     assert "make it first" in second
+
+
+def train_and_export(folder: Path) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    model = fully_shard(nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ewma.ModelEMA(model, half_life=2).attach(optimizer)
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    checkpoints.export(ema, folder)
+    return {name: average.full_tensor() for name, average in ema.named_parameters()}
+
+
+def test_averages_of_an_fsdp2_model_load_into_a_plain_one(tmp_path: Path) -> None:
+    averages, _ = on_ranks(train_and_export, 2, tmp_path)
+    came = load_file(tmp_path / "model.safetensors")
+    assert same(came, averages)
+    nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).load_state_dict(came)

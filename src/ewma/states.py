@@ -37,7 +37,7 @@ def collect(ema: ModelEMA) -> dict[str, Any]:
             if ema.updated
         },
         "absent": sorted(next(iter(ema.tracks.values())).averages.keys() - present.keys()) if ema.updated else [],
-        "copies": dict(ema.copies) if ema.updated else {},
+        "copies": {n.name: ema.copies[n.name] for n in ema.bind().copied if n.persistent} if ema.updated else {},
     }
     raw = swapping.raw_weights(ema.model)
     if raw:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ class Readable(ABC):
     @abstractmethod
     def _read(self) -> tuple[ModelEMA, Track]:
         """The ModelEMA, and the profile's track in it."""
+
+    model: nn.Module
+    """The model whose weights are averaged."""
 
     @property
     def profile(self) -> Profile:
@@ -147,9 +150,31 @@ class Readable(ABC):
                 "saved" takes the file's, "mine" keeps this one with the file's averages.
         """
         tensors, metadata = files.read(path)
+        self.take_over(os.fspath(path), tensors, metadata, profile)
+
+    def take_over(
+        self, what: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], profile: Any = None
+    ) -> None:
+        """Go on with averages and clocks from elsewhere, all of them or none. `ewma.checkpoints` reads other tools'.
+
+        Args:
+            what: they are, for the errors.
+            tensors: by name, those of the whole model or the averaged ones.
+            metadata: as `save` writes it. Of what is missing, this ModelEMA's own is kept.
+            profile: as in `load`.
+        """
         ema, track = self._read()
         ema.refuse_if_swapped()
-        states.restore_track(ema, track, os.fspath(path), tensors, metadata, profile)
+        named = [each for each in named_tensors(ema.model) if ema.policy.role(each) == "averaged"]
+        mine = {
+            "format": files.FORMAT,
+            "kind": "ModelEMA",
+            "averaged": [name for each in named for name in each.names],
+            "seed": ema.seed,
+            "skipped": ema.skipped,
+            **ema.step_state(),
+        }
+        states.restore_track(ema, track, what, tensors, {**mine, **metadata}, profile)
 
     def _sources(self) -> Iterator[tuple[Named, Tensor]]:
         """Each tensor of the model, and what the averaged model has in its place."""
@@ -175,6 +200,7 @@ class View(Readable):
 
     def __init__(self, ema: ModelEMA, name: str) -> None:
         self._ema, self._name = ema, name
+        self.model = ema.model
 
     def _read(self) -> tuple[ModelEMA, Track]:
         return self._ema, self._ema.tracks[self._name]

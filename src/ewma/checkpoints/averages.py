@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -32,3 +35,9 @@ class Averages:
     decay: float | None = None
     profile: Profile | None = None
     time: float | None = None
+
+    def save(self, path: str | os.PathLike[str], **how: Any) -> list[Path]:
+        """Write a plain model file, or several with an index, as `checkpoints.export` does with the same arguments."""
+        from ewma.checkpoints.exporting import export
+
+        return export(self, path, **how)

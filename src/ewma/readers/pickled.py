@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ewma.readers.base import Checkpoint, Entry
+from ewma.readers.standins import BOOKKEEPING, refused, stood_in
 
 
 class Pickled(Checkpoint):
@@ -49,16 +50,31 @@ class Pickled(Checkpoint):
 
 def load(path: Path, file: Any, mmap: bool = False) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return _load(file, mmap)
     except pickle.UnpicklingError as error:
-        told = str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
+        others = [name for name in refused(file) if not name.startswith(BOOKKEEPING)]
+        told = f"it asks for {', '.join(others[:5])}." if others else _first_line(error)
         raise ValueError(
             f"{path}: expected tensors, numbers, strings and containers of these, which load without running any of "
             f"the file's code (weights_only=True); that refused it: {told} If you trust who wrote it, load it once "
             f"with torch.load(path, weights_only=False), and save the state dict in it."
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:  # the file itself has been opened before
         raise ValueError(f"{path}: the torch.save file is truncated or damaged ({error}). Save it again.") from error
+
+
+def _load(file: Any, mmap: bool) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        if hasattr(file, "seek"):
+            file.seek(0)
+        with stood_in(file):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("WeightsUnpickler error: ")[-1].splitlines()[0]
 
 
 def _flat(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
