@@ -77,6 +77,19 @@ def test_the_page_on_series(tmp_path: Path, monkeypatch) -> None:
     assert names["macd"](line)[0][-1] == pytest.approx((26 - 12) / 2)
 
 
+def test_the_page_on_checkpoints(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(4, 2)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), "last.ckpt")
+    names = {"ewma": ewma, "torch": torch, "model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["ema"].count == 1
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"averaged.safetensors", "ema.safetensors"}
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import Small, same, train
+from tests.ranks import on_ranks
 from tests.test_reading import each
 from tests.tools import TOOLS, EmaPytorch, Nemo, Timm, Tool, TorchEMA, TorchEma, TorchSWA, run
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import ewma
 from ewma import checkpoints
@@ -98,7 +100,7 @@ def test_a_count_that_is_not_told_is_asked_for(model: Small) -> None:
     tool = Timm(model)
     run(tool, 3)
     ema = ewma.ModelEMA(model, decay=0.75)
-    with pytest.raises(ValueError, match=r"timm .*does not tell how many updates .* resume\(..., count=10_000\)"):
+    with pytest.raises(ValueError, match=r"timm, state_dict_ema: .*does not tell how many updates .* resume\(..., count=10_000\)"):
         checkpoints.resume(ema, tool.content())
     assert ema.count == 0
     checkpoints.resume(ema, tool.content(), count=10_000)
@@ -223,3 +225,38 @@ def test_the_plain_file_of_another_tools_averages(model: Small, tmp_path: Path, 
     other = Small().double()
     other.load_state_dict(load_file(path))
     assert torch.equal(other.first.weight, at_work.averages()["first.weight"])
+
+
+class Layers(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def go_on_sharded(path: Path, steps: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    model = fully_shard(Layers())
+    ema = ewma.ModelEMA(model, decay=0.75)
+    checkpoints.resume(ema, path)
+    for _ in range(steps):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2.0)
+        ema.update()
+    return {name: average.full_tensor() for name, average in ema.named_parameters()}
+
+
+def test_a_sharded_model_goes_on_from_a_whole_file(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Layers()
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.75))
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), tmp_path / "last.pt")
+    for answer in on_ranks(go_on_sharded, 2, tmp_path / "last.pt", 0):
+        assert same(answer, dict(averaged.module.state_dict()))
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2.0)
+        averaged.update_parameters(model)
+    for answer in on_ranks(go_on_sharded, 2, tmp_path / "last.pt", 3):
+        assert all(torch.allclose(answer[name], t, atol=1e-6) for name, t in averaged.module.state_dict().items())

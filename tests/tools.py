@@ -195,7 +195,8 @@ class Kept(Tool):
 class Timm(Kept):
     """timm's CheckpointSaver, its arguments and bookkeeping included."""
 
-    source, at = "timm (state_dict_ema)", "state_dict_ema"
+    source = "timm"
+    at = "state_dict_ema"
     counts = False
 
     def content(self) -> Any:
@@ -221,6 +222,27 @@ class TimmWarm(Timm):
         return {**super().content(), "args": arguments}
 
 
+class Script(Kept):
+    """A script with a second state dict, as in DiT."""
+
+    source = "'ema'"
+    at = "ema"
+    counts = False
+    decay = profile = None
+
+    def content(self) -> Any:
+        return {"model": self.model.state_dict(), "ema": self.averaged_model(), "args": Namespace(lr=0.1)}
+
+
+class CountingScript(Script):
+    """With a count beside it, as in RT-DETR."""
+
+    counts = True
+
+    def content(self) -> Any:
+        return {"model": self.model.state_dict(), "ema": {"module": self.averaged_model(), "updates": self.count}}
+
+
 class MmengineHook(Kept):
     """mmengine's EMAHook: the averages under `state_dict`, the raw weights under `ema_state_dict`."""
 
@@ -234,7 +256,8 @@ class MmengineHook(Kept):
 
 
 class MmengineModel(Kept):
-    source, at = "mmengine averaged model", "teacher"
+    source = "mmengine averaged model"
+    at = "teacher"
     decay = profile = None
 
     def content(self) -> Any:
@@ -269,7 +292,8 @@ class NemoOne(Nemo):
 class LitEma(Kept):
     """A latent diffusion model's LitEma, of a part of the whole: `model.` is averaged, and its names have no dots."""
 
-    source, at = "LitEma", "state_dict/model_ema"
+    source = "LitEma"
+    at = "state_dict/model_ema"
     profile = goes_on = tensorflow(decay=DECAY)
 
     def keep(self) -> float:
@@ -313,6 +337,8 @@ TOOLS: list[type[Tool]] = [
     DiffusersLate,
     Timm,
     TimmWarm,
+    Script,
+    CountingScript,
     MmengineHook,
     MmengineModel,
     Nemo,

@@ -15,13 +15,14 @@ LAYOUTS: dict[str, tuple[Callable[[Tree], Iterator[tuple[str, Found]]], ...]] = 
     "Lightning's WeightAveraging (current_model_state, averaging_state)": (modules.lightning,),
     "mmengine's EMAHook (ema_state_dict)": (modules.mmengine_hook, modules.mmengine_model),
     'NeMo\'s EMA (optimizer_states with "ema", or a file called *-EMA.ckpt)': (nemo.nemo,),
-    "timm (state_dict_ema, model_ema)": (modules.timm,),
+    "timm (state_dict_ema)": (modules.timm,),
     "ultralytics (ema, updates)": (modules.ultralytics,),
     "torch's AveragedModel (n_averaged, module.*)": (modules.averaged_model,),
     "ema-pytorch (initted, ema_model.*)": (modules.ema_pytorch,),
     "LitEma (model_ema.*, num_updates)": (dotless.lit_ema,),
     "torch_ema (shadow_params, num_updates)": (lists.torch_ema,),
     "diffusers' EMAModel (shadow_params, optimization_step)": (lists.diffusers,),
+    "a state dict that is called so (ema, model_ema, ema_model, ema_state_dict)": (modules.called_ema,),
 }
 """What each is called and known by, in the errors that list them."""
 

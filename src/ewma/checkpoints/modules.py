@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ewma.checkpoints.found import Found, Tree, is_state, owners, tensors_in, whole_number
@@ -48,17 +48,31 @@ def lightning(tree: Tree) -> Iterator[tuple[str, Found]]:
 
 
 def timm(tree: Tree) -> Iterator[tuple[str, Found]]:
-    """timm's checkpoints, and others that keep to its names. The decay stands among the arguments, the step nowhere."""
-    for key in ("state_dict_ema", "model_ema"):
-        if is_state(tree.get(key)) and "n_averaged" not in tree[key]:
-            arguments = tree["args"].state if isinstance(tree.get("args"), StandIn) else tree.get("args")
-            told = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
-            decay = told.get("model_ema_decay")
-            warm = told.get("model_ema_warmup")
-            profile = None
-            if isinstance(decay, float) and 0.0 <= decay < 1.0:
-                profile = inverse_gamma(decay=decay) if warm else Exponential(decay=decay)
-            yield key, Found(f"timm ({key})", tensors_in(tree[key]), decay=decay, profile=profile)
+    """timm's checkpoints. The decay stands among the arguments, the step nowhere."""
+    if _is_plain(tree.get("state_dict_ema")):
+        arguments = tree["args"].state if isinstance(tree.get("args"), StandIn) else tree.get("args")
+        told = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
+        decay, profile = told.get("model_ema_decay"), None
+        if isinstance(decay, float) and 0.0 <= decay < 1.0:
+            profile = inverse_gamma(decay=decay) if told.get("model_ema_warmup") else Exponential(decay=decay)
+        found = Found("timm", tensors_in(tree["state_dict_ema"]), decay=decay, profile=profile)
+        yield "state_dict_ema", found
+
+
+def called_ema(tree: Tree) -> Iterator[tuple[str, Found]]:
+    """Scripts that save a second state dict and call it so (DiT and its kin), some with a count (RT-DETR, D-FINE)."""
+    for key in ("ema", "model_ema", "ema_model", "ema_state_dict"):
+        kept: Any = tree.get(key)
+        if isinstance(kept, Mapping) and _is_plain(kept.get("module")):
+            yield key, Found(f"{key!r}", tensors_in(kept["module"]), count=whole_number(kept.get("updates")))
+        elif _is_plain(kept):
+            yield key, Found(f"{key!r}", tensors_in(kept), count=whole_number(tree.get("updates")))
+
+
+def _is_plain(state: Any) -> bool:
+    """Whether it is a model's own state, without what the tools that are known by more put beside it."""
+    markers = ("n_averaged", "steps", "initted", "num_updates")
+    return is_state(state) and not any(name.rpartition(".")[2] in markers for name in state)
 
 
 def ultralytics(tree: Tree) -> Iterator[tuple[str, Found]]:

@@ -44,8 +44,9 @@ def named(found: Found, model: nn.Module) -> dict[str, Tensor]:
         came = _by_name(found, everything)
     weights = {}
     for each in everything:
-        tensor = next((came[name] for name in each.names if name in came), each.tensor)
-        weights.update(dict.fromkeys(each.names, tensor.detach()))
+        known = next((came[name] for name in each.names if name in came), None)
+        tensor = each.tensor.detach().clone() if known is None else known.detach()
+        weights.update(dict.fromkeys(each.names, tensor))
     return weights
 
 
