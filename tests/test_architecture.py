@@ -30,6 +30,7 @@ FLOORS = [
         "moments": set(),
         "rules": set(),
         "hooks": set(),
+        "ranks": set(),
         "places": set(),
         "swapping": set(),
         "tracks": set(),

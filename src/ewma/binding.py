@@ -43,6 +43,11 @@ class Policy:
     guard: bool
     capturable: bool
 
+    def told(self) -> dict[str, Any]:
+        """What all ranks must have in common. (A function as only= cannot be compared.)"""
+        only = self.only if isinstance(self.only, Sequence) else None
+        return {"dtype": str(self.dtype), "buffers": self.buffers, "only": only, "guard": self.guard}
+
     def role(self, named: Named) -> Literal["averaged", "copied", "raw"]:
         real = named.tensor.is_floating_point() or named.tensor.is_complex()
         if named.is_parameter:
@@ -84,7 +89,7 @@ class Binding:
     """
 
     def __init__(self, model: nn.Module, policy: Policy, tracks: Sequence[Track], copies: dict[str, Tensor]) -> None:
-        self.policy, self.tracks = policy, tracks
+        self.policy, self.tracks, self.copies = policy, tracks, copies
         self.roles: dict[str, list[Named]] = {"averaged": [], "copied": [], "raw": []}
         for named in named_tensors(model):
             if not is_lazy(named.tensor):
@@ -115,6 +120,15 @@ class Binding:
     @property
     def raw(self) -> list[Named]:
         return self.roles["raw"]
+
+    def buffers(self) -> list[Tensor]:
+        """What was averaged or copied of buffers that change in training; others are constants or caches."""
+        averaged, copied = (
+            [named.name for named in several if not named.is_parameter and named.persistent]
+            for several in (self.averaged, self.copied)
+        )
+        averages = [track.averages[name] for track in self.tracks for name in averaged]
+        return averages + [self.copies[name] for name in copied]
 
     def _check_selection(self) -> None:
         if self.averaged:

@@ -49,6 +49,30 @@ def has_fsdp(model: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in model.modules())
 
 
+def data_groups(model: nn.Module) -> list[Any]:
+    """The process groups over which DDP or FSDP give every rank its own part of the data."""
+    fsdp, groups = _fsdp(), []
+    ddp = nn.parallel.DistributedDataParallel
+    whole = (ddp, fsdp.FullyShardedDataParallel) if fsdp else (ddp,)
+    for module in model.modules():
+        if isinstance(module, whole):
+            groups.append(module.process_group)
+        elif fsdp and isinstance(module, fsdp.FSDPModule):
+            for own in module._get_fsdp_state()._fsdp_param_groups:
+                groups += _groups(own.mesh_info.mesh)
+    return list(dict.fromkeys(groups))
+
+
+def mesh_groups(model: nn.Module) -> list[Any]:
+    """The process groups along every dimension of the meshes that the parameters lie on."""
+    meshes = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
+    return list(dict.fromkeys(group for mesh in dict.fromkeys(meshes) for group in _groups(mesh)))
+
+
+def _groups(mesh: Any) -> list[Any]:
+    return [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+
+
 def _fsdp() -> Any:
     """FSDP, if anybody has imported it: who has not uses none, and it takes its time."""
     return sys.modules.get("torch.distributed.fsdp")

@@ -48,6 +48,7 @@ def collect(ema: ModelEMA) -> dict[str, Any]:
 def restore(ema: ModelEMA, state: Mapping[str, Any], profile: WhichProfile) -> None:
     """Take over what `collect` gave."""
     what = "ModelEMA.load_state_dict"
+    ema.agree(what)
     files.check_format(what, state, "ModelEMA")
     if state["tracks"].keys() != ema.tracks.keys():
         raise ValueError(
@@ -83,6 +84,7 @@ def restore_track(
     profile: WhichProfile,
 ) -> None:
     """Take over one profile from a file's tensors and metadata."""
+    ema.agree(what)
     files.check_format(what, metadata, "ModelEMA")
     chosen = _choose_profile(what, track.profile, metadata["profile"], profile)
     averages = _fit(ema, what, {each: tensors[each] for each in metadata["averaged"] if each in tensors}, [])

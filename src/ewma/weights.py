@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ewma import hooks, profiles, states, swapping
 from ewma.binding import Binding, Policy
 from ewma.profiles import Profile
+from ewma.ranks import How, Ranks
 from ewma.recurrence import check_elapsed
 from ewma.shards import reshard
 from ewma.states import WhichProfile, one_of
@@ -52,6 +53,10 @@ class ModelEMA(Readable):
         nonfinite: "skip" leaves an average alone where the weight is NaN or infinite, and counts that in `skipped`;
             "propagate" does not look, which is a little faster.
         capturable: keep time, weight and count on the device, as a CUDA graph needs.
+        ranks: where DDP or FSDP train on several ranks: what buffers are made to be on all of them when averages are
+            read. "first": what they are on the first rank; "average": their mean (integers: the first's). "alone": this
+            rank keeps averages for itself; the others need not even have any.
+        group: the process group of those ranks, where the model does not tell: one that is wrapped in DDP elsewhere.
         seed: of the random bits of stochastic rounding, which are a pure function of (seed, count, name, element).
 
     A half-life of 2,000 steps: a step's weight halves every 2,000 updates, and about 7 % of the average is older than
@@ -84,6 +89,8 @@ class ModelEMA(Readable):
         only: str | Sequence[str] | Callable[[str, Tensor], bool] | None = None,
         nonfinite: Literal["skip", "propagate"] = "skip",
         capturable: bool = False,
+        ranks: How = "first",
+        group: Any = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -104,6 +111,7 @@ class ModelEMA(Readable):
             )
         one_of("buffers", buffers, ("copy", "average", "leave"))
         one_of("nonfinite", nonfinite, ("skip", "propagate"))
+        one_of("ranks", ranks, ("first", "average", "alone"))
         knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
         several = profile if isinstance(profile, Mapping) and profile else {"average": profile}
         self.tracks = {
@@ -118,6 +126,7 @@ class ModelEMA(Readable):
             guard=nonfinite == "skip",
             capturable=capturable,
         )
+        self.ranks = Ranks(ranks, group)
         self.seed = seed
         self.run = secrets.token_hex(8)
         self.copies: dict[str, Tensor] = {}
@@ -186,6 +195,7 @@ class ModelEMA(Readable):
 
         if not callable(elapsed):
             check_elapsed(elapsed)
+        self.agree("ema.attach")
         self._handles = hooks.around_steps(optimizers, self._before_step, after_step)
         return self
 
@@ -235,6 +245,7 @@ class ModelEMA(Readable):
         self._steps, self._waiting = state["steps"], state["waiting"]
         self._waiting_at_most = state["waiting_at_most"]
         self._binding = None
+        self.ranks.apart = True
 
     def step_state(self) -> dict[str, Any]:
         """What `attach(every=k)` has gathered since the last update."""
@@ -256,7 +267,14 @@ class ModelEMA(Readable):
                 if not self.updated:
                     for named in binding.copied:
                         self.copies[named.name].copy_(named.tensor)
+            if self.ranks.apart:
+                self.ranks.share("reading averages", self.model, self._settings(), binding.buffers())
+                self.ranks.apart = not self.updated
         return binding
+
+    def agree(self, what: str) -> None:
+        """Raise on every rank where they were made with different settings, or one does not come. Collective."""
+        self.ranks.agree(what, self.model, self._settings())
 
     def refuse_if_swapped(self) -> None:
         if swapping.raw_weights(self.model) is not None:
@@ -270,6 +288,10 @@ class ModelEMA(Readable):
         self.refuse_if_swapped()
         self.settle()
         return {**self.__dict__, "_skipped": self.skipped, "_binding": None, "_handles": []}
+
+    def _settings(self) -> dict[str, Any]:
+        profiles = {f"profile {name!r}": repr(track.profile) for name, track in self.tracks.items()}
+        return {**profiles, **self.policy.told(), "ranks": self.ranks.how, "seed": self.seed}
 
     def _read(self) -> tuple[ModelEMA, Track]:
         return self, next(iter(self.tracks.values()))
@@ -295,6 +317,7 @@ class ModelEMA(Readable):
             torch.compiler.disable(self._update)(elapsed, at_most)
             return
         self.refuse_if_swapped()
+        self.ranks.apart = True
         if not all(track.updated for track in self.tracks.values()):
             self._binding = None  # what `bind` filled in since may need care: the update is prepared for what is there
         if self._binding and self._binding.free and isinstance(elapsed, float) and not self._binding.moved():
