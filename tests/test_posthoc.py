@@ -291,17 +291,17 @@ def test_a_file_is_what_reconstruct_gives(tmp_path: Path) -> None:
     archive, _, _ = walked(tmp_path / "run", {})
     target = ewma.Power(sigma_rel=0.15)
     made: list[int] = []
-    told = archive.write(tmp_path / "model.safetensors", target, done=made.append)
+    told = archive.reconstruct_to(tmp_path / "model.safetensors", target, done=made.append)
     found = archive.reconstruct(target)
     assert told == found.fit
     assert same(load_file(tmp_path / "model.safetensors"), found.weights)
     assert sum(made) == sum(tensor.numel() for tensor in found.weights.values())
-    archive.write(tmp_path / "half.safetensors", target, dtype=torch.bfloat16)
+    archive.reconstruct_to(tmp_path / "half.safetensors", target, dtype=torch.bfloat16)
     half = load_file(tmp_path / "half.safetensors")
     assert torch.equal(half["a"], found.weights["a"].bfloat16())
     assert half["count"].dtype == torch.int64
     with pytest.raises(FileNotFoundError, match="the folder .*nowhere does not exist; make it first"):
-        archive.write(tmp_path / "nowhere" / "x.safetensors", target)
+        archive.reconstruct_to(tmp_path / "nowhere" / "x.safetensors", target)
 
 
 def test_a_late_parameter_goes_by_its_own_clock(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_late_parameter_goes_by_its_own_clock(tmp_path: Path) -> None:
             archive.add(ema)
     found = archive.reconstruct(target).weights
     assert distance(found, dict(true["true"].named_parameters())) < 2e-4
-    archive.write(tmp_path / "out", target)
+    archive.reconstruct_to(tmp_path / "out", target)
     assert same(load_file(tmp_path / "out"), found)
     only = {"late": dict(true["true"].named_parameters())["late"]}
     assert distance(found, only) < 1e-3
@@ -554,7 +554,7 @@ def test_nan_in_a_snapshot_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"narrow-000000064.safetensors: b holds NaN or infinity in 1 of 70001 elem"):
         archive.reconstruct(ewma.Power(sigma_rel=0.07))
     with pytest.raises(ValueError, match="b holds NaN"):
-        archive.write(tmp_path / "out.safetensors", ewma.Power(sigma_rel=0.07))
+        archive.reconstruct_to(tmp_path / "out.safetensors", ewma.Power(sigma_rel=0.07))
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -84,7 +84,7 @@ def test_every_profile_weighs_the_checkpoints_as_updates(tmp_path: Path, profile
 
 def test_a_file_is_what_average_gives(saved: Path, tmp_path: Path) -> None:
     checkpoints = Checkpoints(saved)
-    shares = checkpoints.write(tmp_path / "out.safetensors", ewma.Exponential(half_life=200))
+    shares = checkpoints.average_to(tmp_path / "out.safetensors", ewma.Exponential(half_life=200))
     found = checkpoints.average(ewma.Exponential(half_life=200))
     assert shares == found.coefficients
     from safetensors.torch import load_file
@@ -211,6 +211,6 @@ for step in range(1, 9):
     save_file({{str(n): torch.full((10**6,), float(step)) for n in range(8)}}, f"{tmp_path}/{{step}}.safetensors")
 checkpoints = Checkpoints("{tmp_path}")
 checkpoints.average(last=1)
-print(peak_extra(lambda: checkpoints.write("{tmp_path}/out.safetensors")) // 10**6)
+print(peak_extra(lambda: checkpoints.average_to("{tmp_path}/out.safetensors")) // 10**6)
 """
     assert int(python(program)) < 16

@@ -175,7 +175,7 @@ class Archive:
         with self._mixture(solved, at, metric) as mixture:
             return Reconstruction(mixture.tensors(done), solved)
 
-    def write(
+    def reconstruct_to(
         self,
         path: str | os.PathLike[str],
         profile: Profile,

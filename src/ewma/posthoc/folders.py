@@ -88,7 +88,7 @@ class Checkpoints:
         with self._mixture(paths, coefficients) as mixture:
             return Average(mixture.tensors(done), tuple(paths), tuple(coefficients))
 
-    def write(
+    def average_to(
         self,
         path: str | os.PathLike[str],
         profile: Profile | None = None,
@@ -136,6 +136,23 @@ class Checkpoints:
         solved = self.solve(profile, last=last, metric=metric, max_residual=max_residual)
         with self._mixture(self.paths[-len(solved.snapshots) :], solved.coefficients) as mixture:
             return Reconstruction(mixture.tensors(done), solved)
+
+    def reconstruct_to(
+        self,
+        path: str | os.PathLike[str],
+        profile: Profile,
+        *,
+        last: float | None = None,
+        metric: Metric = "updates",
+        max_residual: float | None = None,
+        dtype: torch.dtype | None = None,
+        done: Callable[[int], object] = nothing,
+    ) -> Fit:
+        """`reconstruct` straight into a safetensors file, tensor by tensor."""
+        solved = self.solve(profile, last=last, metric=metric, max_residual=max_residual)
+        with self._mixture(self.paths[-len(solved.snapshots) :], solved.coefficients) as mixture:
+            mixture.write(path, {"profile": repr(solved.target), "residual": f"{solved.residual:.3g}"}, dtype, done)
+        return solved
 
     def elements(self) -> int:
         """How many numbers an average has."""
