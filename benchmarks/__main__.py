@@ -1,12 +1,12 @@
-"""`python -m benchmarks weights|series|gradients`: see each benchmark's module for what it measures."""
+"""`python -m benchmarks weights|series|gradients|sharded`: see each benchmark's module for what it measures."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import gradients, series, weights
+from benchmarks import gradients, series, sharded, weights
 
-BENCHMARKS = {"weights": weights.main, "series": series.main, "gradients": gradients.main}
+BENCHMARKS = {"weights": weights.main, "series": series.main, "gradients": gradients.main, "sharded": sharded.main}
 
 
 def main(arguments: list[str]) -> None:

@@ -10,15 +10,22 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 
-def compare(contenders: dict[str, Callable[[], object]], limit: str, rounds: int) -> dict[str, tuple[float, float]]:
+def compare(
+    contenders: dict[str, Callable[[], object]], limit: str, rounds: int, together: Callable[[], object] | None = None
+) -> dict[str, tuple[float, float]]:
     """Median milliseconds of each contender, and the median of its ratio to `limit` in the same round.
 
     What a machine can do drifts by tens of percent within a minute; a ratio within a round does not.
+
+    Args:
+        together: waits for other processes that do the same, before each timing.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in tqdm(range(rounds), desc="rounds", leave=False):
+    for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=together is not None):
         for name in random.sample(sorted(contenders), len(contenders)):
             contenders[name]()  # brings its own data and code back into the caches
+            if together is not None:
+                together()
             start = time.perf_counter()
             contenders[name]()
             seconds[name].append(time.perf_counter() - start)

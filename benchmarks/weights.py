@@ -19,6 +19,7 @@ from benchmarks import limit
 from benchmarks.memory import peak_extra
 from benchmarks.timing import compare
 from ewma import kernels
+from ewma.shards import local
 
 HALF_LIFE = 2_000
 ALPHA = ewma.Exponential(half_life=HALF_LIFE).alpha
@@ -70,8 +71,8 @@ def model_of(shapes: Shapes, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def move(model: nn.Module) -> None:
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+        for part in map(local, model.parameters()):
+            part += 0.1 * torch.randn_like(part)
 
 
 class Contender:
@@ -149,9 +150,9 @@ def averaged_model(model: nn.Module) -> Contender:
     )
 
 
-def many_times(contender: Contender) -> Contender:
+def many_times(contender: Contender, times: int = MANY) -> Contender:
     def update() -> None:
-        for _ in range(MANY):
+        for _ in range(times):
             contender.update()
 
     timed = Contender(update, contender.watched)

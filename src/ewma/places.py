@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ewma import kernels
 from ewma.shards import is_sharded, local
 
+PART = operator.attrgetter("_local_tensor")
+"""The tensor that a DTensor holds, not a view of it as `to_local` gives: asked at every step."""
+
 
 def watch(model: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """Note what a model holds and where some of it lies; what is returned tells whether anything has changed since.
@@ -25,15 +28,11 @@ def watch(model: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], bool]:
             here, which may be exchanged as well.
     """
     moved = _watch(model, [local(tensor) if is_sharded(tensor) else tensor for tensor in tensors])
-    parts = [(tensor, _part(tensor)) for tensor in tensors if is_sharded(tensor)]
-    if not parts:
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    if not sharded:
         return moved
-    return lambda: moved() or not all(_part(tensor) is part for tensor, part in parts)
-
-
-def _part(tensor: Any) -> Any:
-    """The tensor that a DTensor holds, not a view of it as `to_local` gives: asked at every step."""
-    return tensor._local_tensor
+    parts = list(map(PART, sharded))
+    return lambda: moved() or not all(map(operator.is_, map(PART, sharded), parts))
 
 
 def _watch(model: nn.Module, watched: list[Tensor]) -> Callable[[], bool]:
