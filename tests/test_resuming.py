@@ -100,7 +100,9 @@ def test_a_count_that_is_not_told_is_asked_for(model: Small) -> None:
     tool = Timm(model)
     run(tool, 3)
     ema = ewma.ModelEMA(model, decay=0.75)
-    with pytest.raises(ValueError, match=r"timm, state_dict_ema: .*does not tell how many updates .* resume\(..., count=10_000\)"):
+    with pytest.raises(
+        ValueError, match=r"timm, state_dict_ema: .*does not tell how many updates .* resume\(..., count=10_000\)"
+    ):
         checkpoints.resume(ema, tool.content())
     assert ema.count == 0
     checkpoints.resume(ema, tool.content(), count=10_000)

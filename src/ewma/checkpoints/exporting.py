@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def export(
     *,
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
+    done: Callable[[int], object] = abs,
 ) -> list[Path]:
     """Write averaged weights as a plain model file, tensor by tensor; gives the paths of what was written.
 
@@ -39,6 +41,7 @@ def export(
         max_shard_size: of one file, in bytes or as text ("5GB", "500MB", "2GiB"). Where it does not suffice, there are
             several, "model-00001-of-00003.safetensors", and an index, "model.safetensors.index.json".
         dtype: of the floating tensors written, such as torch.bfloat16; by default as they are.
+        done: is called with the number of elements of each tensor that has been written; for progress bars.
 
     With sharded averages (DTensor) it is collective: call it on every rank. Each tensor is gathered in turn, rank 0
     writes, and what goes wrong there is raised on every rank. Plain averages are written by whoever calls.
@@ -54,7 +57,7 @@ def export(
     tensors = _tensors(averages)
     shards = pieces.split((_piece(*each, dtype) for each in tensors.items()), _in_bytes(max_shard_size))
     metadata = {"format": "pt", **_told(averages)}
-    stream = (piece.read() for shard in shards for piece in shard)
+    stream = _stream(shards, done)
     if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
         return _together(path, shards, stream, metadata)
     return pieces.write(_place(path), shards, stream, metadata)
@@ -82,6 +85,13 @@ def _piece(name: str, tensor: Any, dtype: torch.dtype | None) -> Piece:
         return whole
 
     return Piece(name, chosen, tuple(tensor.shape), read)
+
+
+def _stream(shards: list[list[Piece]], done: Callable[[int], object]) -> Iterator[Tensor]:
+    for shard in shards:
+        for piece in shard:
+            yield piece.read()
+            done(prod(piece.shape))
 
 
 def _told(averages: Any) -> dict[str, str]:

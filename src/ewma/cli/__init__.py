@@ -7,9 +7,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from ewma.cli import average, plan, reconstruct
+from ewma.cli import average, convert, plan, reconstruct
 
-COMMANDS = (reconstruct, plan, average)
+COMMANDS = (reconstruct, plan, average, convert)
 """Each has `add(commands)`, which adds its parser, and `run(given)`. None imports torch before it runs."""
 
 

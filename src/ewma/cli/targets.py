@@ -77,9 +77,13 @@ def number(text: str, where: str, example: str) -> float:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Where to write, and as what."""
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="safetensors file to write")
-    kinds = ("float32", "bfloat16", "float16", "float64")
-    parser.add_argument("--dtype", choices=kinds, help="of the floating tensors (default: float32 or wider)")
+    add_dtype(parser, "float32 or wider")
     parser.add_argument("--plot", metavar="PNG", help="draw the weights over the run; needs matplotlib")
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    kinds = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtype", choices=kinds, help=f"of the floating tensors (default: {default})")
 
 
 def dtype(given: argparse.Namespace) -> torch.dtype | None:
