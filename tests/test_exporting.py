@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unittest.mock
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import ewma
 from ewma import checkpoints
@@ -153,6 +155,29 @@ def test_two_ranks_write_the_whole_tensors_once(tmp_path: Path) -> None:
     assert together["one"].dtype == torch.float64
     assert same({name: tensor.float() for name, tensor in together.items()}, WHOLE)
     assert same(load_file(tmp_path / "single.safetensors"), WHOLE)
+
+
+def wholes_alive_at_once(folder: Path) -> int:
+    tensors = sharded()
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    gather = DTensor.full_tensor
+
+    def counted(tensor: DTensor) -> Tensor:
+        nonlocal most
+        whole = gather(tensor)
+        alive.append(weakref.ref(whole))
+        most = max(most, sum(each() is not None for each in alive))
+        return whole
+
+    with unittest.mock.patch.object(DTensor, "full_tensor", counted):
+        checkpoints.export(tensors, folder, max_shard_size=60)
+    assert len(alive) == len(PLACED)
+    return most
+
+
+def test_one_whole_tensor_at_a_time(tmp_path: Path) -> None:
+    assert on_ranks(wholes_alive_at_once, 2, tmp_path) == [1, 1]
 
 
 def fail_to_write(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -113,8 +114,7 @@ def _together(
             written = pieces.write(_place(path), shards, stream, metadata)
         except Exception as error:
             failure = error
-    for _ in stream:
-        pass
+    deque(stream, maxlen=0)  # a loop would hold each tensor while the next is gathered
     outcome: list[Any] = [written, failure and f"{type(failure).__name__}: {failure}"]
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
