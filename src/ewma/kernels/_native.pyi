@@ -1,4 +1,4 @@
-"""The compiled module: native.c, scan.c, places.c and their companions, where a C compiler was there when the package was installed."""
+"""The compiled module: native.c and its companions, where a C compiler was there when the package was installed."""
 
 from array import array
 from collections.abc import Sequence
