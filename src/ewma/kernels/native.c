@@ -243,9 +243,11 @@ INLINE size_t lerp_range(
             uint64_t n = row->size - first < stop - start ? row->size - first : stop - start;
             n = n < BLOCK ? n : BLOCK;
             void *values = (char *)(uintptr_t)row->value + first * size_of(value_dtype);
+            PREFETCH((char *)values + n * size_of(value_dtype), n * size_of(value_dtype));
             for (size_t k = 0; k < (update->filters ? 1 : update->sets); k++) {
                 const Set *set = &update->set[k];
                 void *averages = (char *)(uintptr_t)row->averages[k] + first * size_of(average_dtype);
+                PREFETCH((char *)averages + n * size_of(average_dtype), n * size_of(average_dtype));
                 const uint32_t offset = set->word + (uint32_t)row->stream + (uint32_t)first * GOLDEN;
                 if (lerp_block(averages, values, (int)n, set, offset, average_dtype, value_dtype)) {
                     const size_t out = carefully(averages, values, (int)n, set, offset, update);
