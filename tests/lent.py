@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -63,6 +64,26 @@ class Lerp(Lent):
         with numpy.errstate(all="ignore"):
             self.prepared(coefficients, words)
         self.back()
+
+
+class Filter(Lent):
+    def __init__(self, averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: bool = True) -> None:
+        super().__init__()
+        kernel: Any = importlib.import_module("ewma.kernels.triton_filter")
+        self.prepared = kernel.Filter(self.all(averages), squares if squares is None else self.all(squares), guard)
+
+    @property
+    def skipped(self) -> Any:
+        return self.prepared.skipped
+
+    def __call__(self, gradients: Sequence[Tensor], *more: Any) -> None:
+        there, others = self.all(gradients), self.all(more)
+        self.forth()
+        with numpy.errstate(all="ignore"):
+            self.prepared(there, *others)
+        self.back()
+        if DEVICE.type == "cuda":
+            increment_version(gradients)
 
 
 lerp = Lerp

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.conftest import NATIVE_MISSING
+from tests import lent
+from tests.conftest import NATIVE_MISSING, TRITON_MISSING
 from torch import Tensor
 
 from ewma import kernels
 from ewma.kernels import reference_filter
 
-KERNELS = ["foreach", "native"]
+KERNELS = ["foreach", "native", "triton"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 2, 63, 1000, 16323]
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -20,6 +21,10 @@ ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51, torch.bfloat16: 2.
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "native" and NATIVE_MISSING:
         pytest.skip(NATIVE_MISSING)
+    if request.param == "triton":
+        if TRITON_MISSING:
+            pytest.skip(TRITON_MISSING)
+        monkeypatch.setattr(kernels, "filter", lent.Filter)
     monkeypatch.setenv("EWMA_KERNEL", request.param)
     return str(request.param)
 
@@ -171,6 +176,8 @@ def test_autograd_is_told_of_what_was_overwritten() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_tensors_on_any_number_of_threads(kernel: str, threads: int) -> None:
+    if kernel == "triton":
+        pytest.skip("no threads there, and its interpreter takes a minute")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

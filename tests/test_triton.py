@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tests import lent
@@ -17,7 +19,7 @@ from ewma.kernels import noise
 if TRITON_MISSING:
     pytest.skip(TRITON_MISSING, allow_module_level=True)
 
-from ewma.kernels import triton
+from ewma.kernels import triton, triton_filter
 
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -25,6 +27,13 @@ DTYPES = [f32, f64, bf16, f16]
 BITS = {f32: torch.int32, f64: torch.int64, bf16: torch.int16}
 DEVICE = lent.DEVICE
 on_a_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def silent() -> Iterator[None]:
+    """NumPy, in which Triton's interpreter works, warns of NaN."""
+    with numpy.errstate(all="ignore"):
+        yield
 
 
 def numbers(size: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -70,9 +79,9 @@ def test_far_into_a_tensor_larger_than_this_machine(first: int, drawn: int | Non
     value, average = (numbers(1000, f32, seed).to(DEVICE) for seed in (0, 1))
     exact = average.double() + 0.25 * (value.double() - average.double())
     lerp = triton.lerp([value], [[average]], [11], True)
-    lerp.rows[0, 1] = first + 1000
-    lerp.rows[0, [0, 4]] -= 4 * first
-    lerp.blocks[0, 1] = first // triton.BLOCK
+    lerp.table.rows[0, 1] = first + 1000
+    lerp.table.rows[0, [0, 4]] -= 4 * first
+    lerp.table.blocks[0, 1] = first // triton.BLOCK
     lerp([0.25], [drawn])
     bits = noise.bits(torch.arange(first, first + 1000, device=DEVICE), 5, 11)
     right = exact.float() if drawn is None else noise.round_stochastically(exact, f32, bits)
@@ -124,7 +133,7 @@ def test_tensors_that_begin_anywhere() -> None:
         value = room[offset : offset + triton.BLOCK + 3]
         average = torch.zeros(2 * triton.BLOCK, device=DEVICE)[offset : offset + triton.BLOCK + 3]
         lerp = triton.lerp([value], [[average]], [1], True)
-        assert lerp.constants["ALIGNED"] == (offset % 4 == 0)
+        assert lerp.table.constants["ALIGNED"] == (offset % 4 == 0)
         lerp([0.5], [None])
         assert torch.equal(average, 0.5 * value)
 
@@ -180,6 +189,47 @@ def test_forced_it_serves_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert average.tolist() == [0.25] * 3
 
 
+def test_the_filter_is_one_launch_and_its_table_is_kept_until_a_gradient_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[Any] = []
+    launch = triton_filter.launch
+    monkeypatch.setattr(
+        triton_filter, "launch", lambda *given, **more: tables.append(given[1]) or launch(*given, **more)
+    )
+    gradients = [numbers(size % 7, bf16, size).to(DEVICE) for size in range(30)]
+    averages = [torch.zeros_like(gradient, dtype=f32) for gradient in gradients]
+    filtering = triton_filter.Filter(averages, None, True)
+    filtering(gradients, 0.5, 0.0, 1.0)
+    filtering(gradients, 0.5, 0.0, 1.0)
+    assert len(tables) == 2
+    assert tables[0] is tables[1]
+    moved = [gradient.clone() for gradient in gradients]
+    filtering(moved, 0.5, 0.0, 1.0)
+    assert tables[2] is not tables[0]
+
+
+def test_only_measured_gradients_keep_every_bit() -> None:
+    gradient = torch.tensor([1.0, -0.0, 3e-42, NAN, INF], device=DEVICE)
+    before, average = gradient.clone(), torch.zeros(5, device=DEVICE)
+    triton_filter.Filter([average], None, True)([gradient], 0.5, 1.0, 0.0, 3.0)
+    assert torch.equal(gradient.view(torch.int32), before.view(torch.int32))
+    torch.testing.assert_close(average, torch.tensor([1 / 6, 0, 5e-43, 0, 0], device=DEVICE))
+
+
+@on_a_gpu
+def test_in_a_cuda_graph_gradients_may_lie_elsewhere() -> None:
+    average, gradient = torch.zeros(100, device=DEVICE), torch.ones(100, device=DEVICE)
+    filtering = triton_filter.Filter([average], None, True)
+    filtering([gradient.clone()], 0.5, 0.0, 1.0)
+    average.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        filtering([gradient], 0.5, 0.0, 1.0)
+    graph.replay()
+    assert gradient.tolist() == [0.5] * 100
+    filtering([gradient], 0.5, 0.0, 1.0)
+    assert gradient.tolist() == [0.5] * 100
+
+
 @on_a_gpu
 def test_no_device_is_waited_for() -> None:
     value, average = torch.randn(5000, device=DEVICE), torch.zeros(5000, device=DEVICE)
@@ -214,9 +264,9 @@ def test_in_a_cuda_graph_the_coefficient_is_read_anew() -> None:
 COMPILED = """
 from tests import ahead
 import torch
-from ewma.kernels import triton
+from ewma.kernels import triton, triton_filter
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-ahead.compile_for({capability})
+ahead.compile_for(90)
 c, drawn = torch.tensor(.5, dtype=f64), torch.tensor(5)
 
 def lerp(value, average, coefficients, words):
@@ -232,9 +282,23 @@ for value, average, word in ((f32, f32, None), (bf16, f32, None), (bf16, bf16, 5
     assert ahead.count(r"st.global[^;]*[.]v[24]") >= 1
 assert lerp(f32, f32, [.3] * 3, [5, 1, 16]) is lerp(f32, f32, [1., 0., 1e-9], [0, 2**32 - 1, 7]), "two for one"
 lerp(f32, f32, [.3, c, c, .1], [5, None, drawn, None])
+
+def filtered(value, average, squares, *given):
+    averages = [torch.ones(8, dtype=average) for _ in "12"]
+    prepared = triton_filter.Filter(averages[:1], averages[1:] if squares else None, True)
+    prepared([torch.ones(8, dtype=value)], *given)
+    return ahead.made[-1]
+
+taken, scale = torch.tensor(True), torch.tensor(8.)
+for value, average, squares in ((f32, f32, False), (bf16, f32, True), (f16, f32, False), (f16, f64, True)):
+    filtered(value, average, squares, .3, 1., 2.)
+    assert not ahead.count("fma")
+    assert ahead.count(r"ld.global[^;]*[.]v[24]") >= 2
+    assert ahead.count(r"st.global[^;]*[.]v[24]") >= 2
+    filtered(value, average, squares, c, 0., 1., scale, taken)
+assert filtered(f32, f32, False, .3, 1., 2.) is filtered(f32, f32, False, 1., 16., 1.)
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_for_cuda(python: Any, capability: int) -> None:
-    python(COMPILED.format(capability=capability))
+def test_it_compiles_for_cuda(python: Any) -> None:
+    python(COMPILED)

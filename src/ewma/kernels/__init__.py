@@ -192,8 +192,6 @@ def _chosen(kind: str, *tensors: Tensor) -> Any:
     name, why = choose(*devices)
     if name == "foreach" and devices <= {"cpu"} and not _forced():
         _warn_once(why)
-    if name == "triton" and kind:
-        name = "foreach"
     return importlib.import_module(f"ewma.kernels.{name}{kind}")
 
 

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ewma.kernels import Coefficient, Word
-from ewma.kernels.addresses import divide, rows
-from ewma.kernels.noise import MASK
+from ewma.kernels.addresses import divide
 from ewma.kernels.triton_numbers import (
-    DTYPES,
-    blocks,
+    Table,
+    capturing,
     check,
     coded,
     count,
@@ -33,7 +32,6 @@ from ewma.kernels.triton_numbers import (
     pointer,
     read,
     rounded,
-    uploaded,
     word,
     write,
 )
@@ -134,37 +132,32 @@ class TritonLerp:
     def __init__(
         self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], guard: bool
     ) -> None:
+        if capturing():
+            raise RuntimeError(
+                "expected the averages to be made before a CUDA graph is captured: run a few training steps, updates "
+                "included, before the capture, as torch.cuda.graph asks for anyway"
+            )
         check(values, averages)
         self.values, chosen, mine, self.rest = divide(values, averages, streams, guard)
         self.noted = [average for several in chosen for average in several]
         self.free = not self.rest.blocks
-        if self.values:
-            self.device = self.values[0].device
-            listed = torch.tensor(list(rows(self.values, chosen, [stream & MASK for stream in mine])))
-            self.rows = uploaded(listed, self.device)
-            self.blocks = blocks([value.numel() for value in self.values], BLOCK, self.device)
-            self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
-            self.constants = {
-                "SETS": len(averages),
-                "VALUE": DTYPES[self.values[0].dtype],
-                "AVERAGE": DTYPES[averages[0][0].dtype],
-                "GUARD": guard,
-                "BLOCK": BLOCK,
-                "ALIGNED": not (listed[:, [0, *range(4, listed.shape[1])]] % 16).any(),
-            }
+        self.guard = guard
+        self.table = Table(self.values, chosen, mine, BLOCK)
+        self.left_out: Any = 0
+        if self.table.programs:
+            self.left_out = torch.zeros((), dtype=torch.int64, device=self.table.device)
 
     @property
     def skipped(self) -> Any:
-        return self.left_out + self.rest.skipped if self.values else self.rest.skipped
+        return self.left_out + self.rest.skipped
 
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
-        if self.values and len(self.blocks):
+        if self.table.programs:
             # Autograd refuses to go back through what was overwritten meanwhile; only torch's own operations tell it.
             increment_version(self.noted)
-            high, low = zip(*(halves(coefficient, self.device) for coefficient in coefficients), strict=True)
-            drawn = tuple(coded(word) if isinstance(word, int) else word for word in words)
-            tables = self.rows, self.blocks, self.left_out
-            launch(_lerp, len(self.blocks), self.device, *tables, high, low, drawn, **self.constants)
+            high, low = zip(*(halves(each, self.table.device) for each in coefficients), strict=True)
+            drawn = tuple(coded(each) if isinstance(each, int) else each for each in words)
+            launch(_lerp, self.table, self.left_out, high, low, drawn, GUARD=self.guard)
         if not self.free:
             self.rest(coefficients, words)
 

@@ -159,20 +159,61 @@ def halves(given: Coefficient, device: torch.device) -> tuple[Any, int]:
     return coded(high), coded(low)
 
 
-def uploaded(table: Tensor, device: torch.device) -> Tensor:
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, which notes what is to be done and does nothing of it yet."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_kept: list[Tensor] = []
+
+
+def _uploaded(table: Tensor, device: torch.device) -> Tensor:
     """A table on its device, without waiting for what the device does."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    if device.type != "cuda":
+        return table
+    table = table.pin_memory()
+    if capturing():
+        _kept.append(table)  # the graph reads it whenever it runs
+    return table.to(device, non_blocking=True)
 
 
-def blocks(sizes: Sequence[int], block: int, device: torch.device) -> Tensor:
-    """For each program of a launch the number of its tensor, and which block of that it takes; int32."""
-    counts = torch.tensor([-(-size // block) for size in sizes], dtype=torch.int64)
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    place = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    return uploaded(torch.stack((tensor, place), 1).to(torch.int32), device)
+class Table:
+    """On the device: where tensors lie, and which block of which tensor each program of a launch takes.
+
+    Args:
+        values, averages, streams: of plain tensors on one device, as `addresses.rows` lists them.
+        block: how many elements a program takes.
+    """
+
+    def __init__(
+        self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], block: int
+    ) -> None:
+        counts = torch.tensor([-(-value.numel() // block) for value in values], dtype=torch.int64)
+        self.programs = int(counts.sum())
+        if not self.programs:
+            return
+        self.device = values[0].device
+        rows = torch.tensor(list(addresses.rows(values, averages, [stream & noise.MASK for stream in streams])))
+        tensor = torch.repeat_interleave(torch.arange(len(values)), counts)
+        place = torch.arange(self.programs) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        self.rows = _uploaded(rows, self.device)
+        self.blocks = _uploaded(torch.stack((tensor, place), 1).to(torch.int32), self.device)
+        self.constants = {
+            "SETS": len(averages),
+            "VALUE": DTYPES[values[0].dtype],
+            "AVERAGE": DTYPES[averages[0][0].dtype],
+            "BLOCK": block,
+            "ALIGNED": not bool((rows[:, [0, *range(4, rows.shape[1])]] % 16).any()),
+        }
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *given: Any, **constants: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, **constants: Any) -> None:
     """Run a kernel on its tensors' device. No operations are fused: the bits are those of every other kernel."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](*given, **constants, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[grid](*given, **constants, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def launch(kernel: Any, table: Table, *given: Any, **constants: Any) -> None:
+    """Run a kernel on all blocks of a table."""
+    tables = table.rows, table.blocks
+    run(kernel, (table.programs,), table.device, *tables, *given, **table.constants, **constants)
