@@ -39,7 +39,7 @@ FLOORS = [
     {"sweep": set()},
     {"cells": set()},
     {"binding": set(), "states": set()},
-    {"views": set()},
+    {"views": set(), "resharding": set()},
     {"series": set(), "smoothing": set(), "weights": set(), "gradients": set(), "nn": set()},
     {"posthoc": set(), "checkpoints": set(), "logs": set()},
     {"cli": set(), "integrations": set()},

@@ -627,7 +627,7 @@ def test_a_state_holds_tensors_numbers_and_strings_only(small: Small, sgd) -> No
         if isinstance(x, dict):
             assert all(isinstance(key, str) for key in x)
             return [leaf for value in x.values() for leaf in leaves(value)]
-        return [leaf for value in x for leaf in leaves(value)] if isinstance(x, list) else [x]
+        return [leaf for value in x for leaf in leaves(value)] if isinstance(x, list | tuple) else [x]
 
     assert {type(leaf) for leaf in leaves(ema.state_dict())} <= {torch.Tensor, int, float, str}
 

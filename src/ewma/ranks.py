@@ -86,7 +86,7 @@ def meet(what: str, groups: Sequence[Any], patience: float | None = None) -> Non
 
 def gathered(said: Any, groups: Sequence[Any]) -> dict[int, Any]:
     """What every rank said, by rank; over a mesh of several dimensions in turn."""
-    known = {dist.get_rank(): said}
+    known = {dist.get_rank() if groups else 0: said}
     for group in groups:
         several: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(several, known, group=group)

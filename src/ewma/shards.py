@@ -49,6 +49,12 @@ def has_fsdp(model: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in model.modules())
 
 
+def is_flat(model: nn.Module) -> bool:
+    """Whether any part of it is sharded by FSDP 1: parameters are then pieces of no shape of their own."""
+    fsdp = _fsdp()
+    return bool(fsdp) and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
+
+
 def data_groups(model: nn.Module) -> list[Any]:
     """The process groups over which DDP or FSDP give every rank its own part of the data."""
     fsdp, groups = _fsdp(), []
@@ -96,7 +102,8 @@ def write(target: Tensor, source: Tensor) -> None:
 
     Communicates only where the source is sharded in another way than the target.
     """
-    local(target).copy_(local(placed_like(source, target)))
+    if target is not source:
+        local(target).copy_(local(placed_like(source, target)))
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from ewma import files, profiles, swapping
 from ewma.names import Named, canonical, mismatch, named_tensors
 from ewma.profiles import Profile
+from ewma.shards import is_flat, write
 
 if TYPE_CHECKING:
     from ewma.tracks import Track
@@ -22,7 +23,15 @@ WhichProfile: TypeAlias = Literal["saved", "mine"] | None
 
 def collect(ema: ModelEMA) -> dict[str, Any]:
     """What `ModelEMA.state_dict` gives."""
-    present = {named.name: named.names for named in ema.bind().averaged} if ema.updated else {}
+    if is_flat(ema.model):
+        raise NotImplementedError(
+            "FSDP1 leaves this rank pieces of the parameters that no other number of ranks could load. Shard with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) to save averages; or save the averaged model by FSDP1's own "
+            "means: with ema.swapped(): get_model_state_dict(model)."
+        )
+    known = ema.updated or not any(named.tensor.is_meta or is_lazy(named.tensor) for named in named_tensors(ema.model))
+    binding = ema.bind() if known else None
+    present = {named.name: named.names for named in binding.averaged} if binding else {}
     state = {
         "format": files.FORMAT,
         "kind": "ModelEMA",
@@ -34,21 +43,42 @@ def collect(ema: ModelEMA) -> dict[str, Any]:
         "averages": {
             name: {alias: average for own, average in track.averages.items() for alias in present.get(own, (own,))}
             for name, track in ema.tracks.items()
-            if ema.updated
+            if binding
         },
-        "absent": sorted(next(iter(ema.tracks.values())).averages.keys() - present.keys()) if ema.updated else [],
-        "copies": {n.name: ema.copies[n.name] for n in ema.bind().copied if n.persistent} if ema.updated else {},
+        "absent": sorted(next(iter(ema.tracks.values())).averages.keys() - present.keys()) if binding else [],
+        "copies": {n.name: ema.copies[n.name] for n in binding.copied if n.persistent} if binding else {},
     }
     raw = swapping.raw_weights(ema.model)
     if raw:
         state["raw"] = {n.name: raw[id(n.tensor)] for n in named_tensors(ema.model) if id(n.tensor) in raw}
+    state["made_with"] = _made_with(ema, bool(raw))
     return state
+
+
+def _made_with(ema: ModelEMA, swapped: bool) -> dict[str, int]:
+    """Names, so that torch.distributed.checkpoint misses one, and reads nothing, where they are others."""
+    in_the_model = "averages in the model, raw weights beside" if swapped else "raw weights in the model"
+    return {in_the_model: 1, **{f"{name}: {track.profile!r}": 1 for name, track in ema.tracks.items()}}
 
 
 def restore(ema: ModelEMA, state: Mapping[str, Any], profile: WhichProfile) -> None:
     """Take over what `collect` gave."""
     what = "ModelEMA.load_state_dict"
     ema.agree(what)
+    commit(ema, state, check(ema, what, state, profile))
+
+
+class Checked(NamedTuple):
+    """What of a state fits, by the model's names."""
+
+    profiles: dict[str, Profile]
+    averages: dict[str, dict[str, Tensor]]
+    copies: dict[str, Tensor]
+    raw: dict[str, Tensor]
+
+
+def check(ema: ModelEMA, what: str, state: Mapping[str, Any], profile: WhichProfile) -> Checked:
+    """What there is to take over; an error where any of it does not fit. Only shapes are looked at, no values."""
     files.check_format(what, state, "ModelEMA")
     if state["tracks"].keys() != ema.tracks.keys():
         raise ValueError(
@@ -65,13 +95,19 @@ def restore(ema: ModelEMA, state: Mapping[str, Any], profile: WhichProfile) -> N
     raw = {canonical(name, live): tensor for name, tensor in state.get("raw", {}).items()}
     if problem := mismatch(f"{what}, raw weights", _shapes({n: live[n] for n in raw if n in live}), _shapes(raw), ""):
         raise ValueError(problem)
+    return Checked(chosen, averages, copied, raw)
+
+
+def commit(ema: ModelEMA, state: Mapping[str, Any], checked: Checked) -> None:
+    """Take it over."""
     ema.settle()
+    live = {named.name: named.tensor for named in named_tensors(ema.model)}
     with torch.inference_mode(False), torch.no_grad():
         for name, track in ema.tracks.items():
-            track.load(averages.get(name, {}), state["tracks"][name], chosen[name])
-        _keep(ema, copied)
-        for name, tensor in raw.items():
-            live[name].detach().copy_(tensor)
+            track.load(checked.averages.get(name, {}), state["tracks"][name], checked.profiles[name])
+        _keep(ema, checked.copies)
+        for name, tensor in checked.raw.items():
+            write(live[name], tensor)
     ema.resumed(state)
 
 
@@ -139,7 +175,7 @@ def _keep(ema: ModelEMA, copies: Mapping[str, Tensor]) -> None:
     for name, copy in copies.items():
         mine = ema.copies.get(name)
         if mine is not None and (mine.shape, mine.dtype) == (copy.shape, copy.dtype):
-            mine.copy_(copy)
+            write(mine, copy)
         else:
             ema.copies[name] = copy.clone()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
+from ewma.shards import write
 
 
 @dataclass
@@ -56,13 +57,17 @@ class Track:
                 self.clocks[name] = stopped.setdefault(id(clock), clock.copy())
 
     def clock_state(self) -> dict[str, Any]:
-        """All clocks as numbers, the main one first, and which of the others each tensor goes by."""
+        """All clocks as numbers, the main one first, and which of the others each tensor goes by.
+
+        In tuples, which torch.distributed.checkpoint takes whole: it asks for the same entries when it loads as when it
+        saved, and their number changes in the course of training.
+        """
         others = list({id(clock): clock for clock in self.clocks.values()}.values())
         index = {id(clock): number for number, clock in enumerate(others, start=1)}
         return {
             "profile": self.profile.to_json(),
-            "clocks": [clock.numbers() for clock in (self.clock, *others)],
-            "clock_of": {name: index[id(clock)] for name, clock in self.clocks.items()},
+            "clocks": tuple(clock.numbers() for clock in (self.clock, *others)),
+            "clock_of": tuple((name, index[id(clock)]) for name, clock in self.clocks.items()),
         }
 
     def load(self, averages: Mapping[str, Tensor], state: Mapping[str, Any], profile: Profile) -> None:
@@ -73,13 +78,13 @@ class Track:
             clocks.append(Recurrence(profile, weigh="time"))
             clocks[-1].load(numbers)
         self.clock = clocks[0]
-        self.clocks = {name: clocks[number] for name, number in state["clock_of"].items()}
+        self.clocks = {name: clocks[number] for name, number in dict(state["clock_of"]).items() if name in averages}
         self.updated = bool(self.clock.count)
         for name in self.averages.keys() - averages.keys():
             del self.averages[name]
         for name, saved in averages.items():
             mine = self.averages.get(name)
             if mine is not None and (mine.shape, mine.dtype) == (saved.shape, saved.dtype):
-                mine.copy_(saved)
+                write(mine, saved)
             else:
                 self.averages[name] = saved.detach().clone()

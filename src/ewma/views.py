@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ewma import files, states, swapping
 from ewma.names import Named, mismatch, named_tensors, unwrap
 from ewma.profiles import Profile
-from ewma.shards import has_fsdp, reshard, write
+from ewma.shards import has_fsdp, is_sharded, reshard, write
 
 if TYPE_CHECKING:
     from ewma.tracks import Track
@@ -130,6 +130,13 @@ class Readable(ABC):
         and count are in the metadata, and `load` resumes from it bit for bit. The file appears whole or not at all.
         """
         ema, track = self._read()
+        if any(is_sharded(tensor) for tensor in self.tensors().values()):
+            raise NotImplementedError(
+                f"{os.fspath(path)}: the averages are sharded over ranks, and one file would take all of them into one "
+                f'memory. Save them with torch.distributed.checkpoint.save({{"ema": ema}}, checkpoint_id=folder), and '
+                f"ema.load(folder) resumes; or ewma.checkpoints.export(ema, folder) writes the averaged model, tensor "
+                f"by tensor."
+            )
         metadata = {
             "kind": "ModelEMA",
             "averaged": [name for named in ema.bind().averaged for name in named.names],
@@ -144,6 +151,8 @@ class Readable(ABC):
 
     def load(self, path: str | os.PathLike[str], profile: Any = None) -> None:
         """Resume from a file that `save` wrote: averages, clocks and copied buffers. The model itself is not touched.
+
+        On several ranks each reads the file.
 
         Args:
             profile: what to do where the file's profile is another one than here: by default an error that names both;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ewma import hooks, profiles, states, swapping
+from ewma import hooks, profiles, resharding, states, swapping
 from ewma.binding import Binding, Policy
 from ewma.profiles import Profile
 from ewma.ranks import How, Ranks
@@ -236,6 +237,32 @@ class ModelEMA(Readable):
         """
         self.refuse_if_swapped()
         states.restore(self, state, profile)
+
+    def load(
+        self, path: str | os.PathLike[str], profile: WhichProfile = None, *, patience: float | None = None
+    ) -> None:
+        """Resume from a file that `save` wrote, or from a folder that torch.distributed.checkpoint wrote.
+
+            torch.distributed.checkpoint.save({"model": ..., "ema": ema}, checkpoint_id=folder)
+            ema.load(folder)                # on any number of ranks, or in one process alone
+
+        Averages, clocks and copied buffers; of a file the first profile's, of a folder all profiles'. The model is not
+        touched, save where the folder was written inside `swapped()`: then it gets its raw weights back.
+
+        Args:
+            profile: what to do where the saved profile is another one than here: by default an error that names both;
+                "saved" takes the saved one, "mine" keeps this one with the saved averages.
+            patience: for how many seconds ranks wait for each other before an error says which one is missing.
+
+        On several ranks a folder is loaded by all of them together. Everything is checked first, and what is wrong on
+        one rank is an error on all; until then nothing has changed.
+        """
+        several = self.ranks.how != "alone" and torch.distributed.is_initialized()
+        if os.path.isdir(path) or (several and not os.path.exists(path)):
+            self.refuse_if_swapped()
+            resharding.load(self, path, profile, patience)
+        else:
+            super().load(path, profile)
 
     def resumed(self, state: Mapping[str, Any]) -> None:
         """Go on with the numbers of a state whose averages have been taken over."""

@@ -45,7 +45,15 @@ class Distributed(Checkpoint):
         return out
 
     def others(self) -> dict[str, Any]:
-        return {name: self._item(self._places[name, ()]) for name in self._bytes}
+        return {name: self.other(name) for name in self._bytes}
+
+    def other(self, name: str) -> Any:
+        """One of the entries that are no tensors."""
+        return self._item(self._places[name, ()])
+
+    def paths(self) -> dict[str, tuple[Any, ...]]:
+        """Where in the nested state each entry was, by its name."""
+        return dict(self.metadata.planner_data or {})
 
     def parts(self) -> list[str]:
         paths = self.metadata.planner_data or {}
