@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from benchmarks.timing import compare
-from benchmarks.weights import ALPHA, Contender, Shapes, largest, many_times, model_of, move, ours
+from benchmarks.weights import ALPHA, WRONG, Contender, Shapes, largest, many_times, model_of, move, ours
 from ewma.shards import local
 
 WIDTHS = {32: 50, 128: 5, 512: 1}
@@ -85,7 +85,7 @@ def table(shapes: Shapes, times: int, rounds: int) -> None:
     right = {
         name: many_times(contender, times).update
         for name, contender in contenders.items()
-        if _worst(errors[name]) < 0.02
+        if _worst(errors[name]) < WRONG
     }
     figures = compare(right, LIMIT, rounds, together=dist.barrier)
     rows = {name: (_worst(milliseconds), _worst(ratio)) for name, (milliseconds, ratio) in figures.items()}

@@ -9,6 +9,7 @@ import argparse
 import gc
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 import ewma
 from benchmarks import limit
 from benchmarks.memory import peak_extra
-from benchmarks.timing import compare
+from benchmarks.report import NAME, Table, add_arguments, tell
 from ewma import kernels
 from ewma.shards import local
 
 HALF_LIFE = 2_000
 ALPHA = ewma.Exponential(half_life=HALF_LIFE).alpha
+WRONG = 0.05
+"""From which share of a step on a contender is not timed."""
 MANY = 1_000
 """How many updates of a tiny model are timed in one go."""
 
@@ -87,14 +90,19 @@ class Contender:
         self.update, self.watched = update, list(watched)
 
     def error(self) -> float:
-        """How far one update is from float64, as a share of the step it should have taken: the worst case."""
+        """How far one update is from float64, as a share of the step it should have taken: the worst case.
+
+        Noise that stochastic rounding adds does not count; a bias does, and a step that is too short or long.
+        """
         steps = [coefficient * (value.double() - average.double()) for value, average, coefficient in self.watched]
         before = [average.double() for _, average, _ in self.watched]
         self.update()
-        return max(
-            ((average.double() - old - step).mean().abs() / step.abs().mean()).item()
-            for (_, average, _), old, step in zip(self.watched, before, steps, strict=True)
-        )
+        errors = []
+        for (_, average, _), old, step in zip(self.watched, before, steps, strict=True):
+            taken = average.double() - old
+            errors.append(abs((taken - step).mean() / step.abs().mean()).item())
+            errors.append(abs((taken * step).sum() / step.square().sum() - 1.0).item())
+        return max(errors)
 
 
 def largest(values: Iterable[Tensor], averages: Iterable[Tensor], coefficient: float) -> tuple[Tensor, Tensor, float]:
@@ -140,16 +148,6 @@ def raw_foreach(model: nn.Module) -> Contender:
     return Contender(lambda: torch._foreach_lerp_(averages, values, ALPHA), [largest(values, averages, ALPHA)])
 
 
-def averaged_model(model: nn.Module) -> Contender:
-    swa = torch.optim.swa_utils
-    peer = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(1 - ALPHA))
-    peer.update_parameters(model)
-    move(model)
-    return Contender(
-        lambda: peer.update_parameters(model), [largest(model.parameters(), peer.module.parameters(), ALPHA)]
-    )
-
-
 def many_times(contender: Contender, times: int = MANY) -> Contender:
     def update() -> None:
         for _ in range(times):
@@ -160,24 +158,40 @@ def many_times(contender: Contender, times: int = MANY) -> Contender:
     return timed
 
 
-def table(title: str, contenders: dict[str, Contender], rounds: int, unit: str = "ms", scale: float = 1.0) -> None:
-    """Time all that are right, beside the first of them."""
+def table(
+    title: str,
+    contenders: dict[str, Contender],
+    rounds: int,
+    others: tuple[dict[str, Contender], dict[str, str]] = ({}, {}),
+    unit: str = "ms",
+    times: int = 1,
+) -> Table:
+    """Time all that are right, beside the first of them.
+
+    Args:
+        others: other libraries', and why some of them cannot.
+        times: how many updates to time in one go.
+    """
+    found = Table(title, unit, left_out=dict(others[1]))
     right = {}
-    for name, contender in contenders.items():
+    for name, contender in {**contenders, **others[0]}.items():
         error = contender.error()
-        if error < 0.02:
-            right[name] = contender.update
+        if error < WRONG:
+            right[name] = many_times(contender, times).update
         else:
-            print(f"{name}: wrong by {error:.0%} of a step, not timed")
-    base = next(iter(contenders))
-    if base not in right:
-        return
-    print(f"\n{title:58}{unit:>8}{'ratio':>8}")
-    for name, (milliseconds, ratio) in compare(right, base, rounds).items():
-        print(f"{name:58}{milliseconds * scale:8.2f}{ratio:8.2f}")
+            found.left_out[name] = f"wrong by {error:.0%} of a step, not timed"
+    if next(iter(contenders)) in right:
+        found.time(right, rounds, (1e3 if unit == "µs" else 1.0) / times)
+    return found
 
 
-def _resnet50(rounds: int) -> None:
+def _others(asked: bool, *model: Any) -> tuple[dict[str, Contender], dict[str, str]]:
+    from benchmarks.weights_peers import peers
+
+    return peers(*model) if asked else ({}, {})
+
+
+def _resnet50(rounds: int, peers: bool) -> Table:
     shapes = resnet50()
     contenders = {
         limit.name(): memory_limit(shapes),
@@ -186,67 +200,68 @@ def _resnet50(rounds: int) -> None:
         "ModelEMA(half_life=20_000), rounded stochastically": ours(model_of(shapes), 20_000),
         "ModelEMA, EWMA_KERNEL=foreach": ours(model_of(shapes), kernel="foreach"),
         "torch._foreach_lerp_": raw_foreach(model_of(shapes)),
-        "torch AveragedModel, multi_avg": averaged_model(model_of(shapes)),
     }
-    table("ResNet-50: 161 tensors, 25.6 M numbers, float32", contenders, rounds)
+    return table("ResNet-50: 161 tensors, 25.6 M numbers, float32", contenders, rounds, _others(peers, shapes))
 
 
-def _small(rounds: int) -> None:
+def _small(rounds: int, peers: bool) -> Table:
     contenders = {
         limit.name(): memory_limit(small()),
         "ModelEMA": ours(model_of(small())),
         "ModelEMA, EWMA_KERNEL=foreach": ours(model_of(small()), kernel="foreach"),
         "torch._foreach_lerp_": raw_foreach(model_of(small())),
-        "torch AveragedModel, multi_avg": averaged_model(model_of(small())),
     }
-    table("small layers: 2,000 tensors, 10.9 M numbers, float32", contenders, rounds)
+    return table("small layers: 2,000 tensors, 10.9 M numbers, float32", contenders, rounds, _others(peers, small()))
 
 
-def _gpt2(rounds: int) -> None:
+def _gpt2(rounds: int, peers: bool) -> Table:
+    title = "GPT-2: 148 tensors, 124 M numbers, bfloat16 into float32"
     if limit.compiled() is None:
-        print("\nGPT-2, bfloat16 into float32: left out, since its limit needs a C compiler")
-        return
+        return Table(title, "ms", left_out={"all": "its limit needs a C compiler"})
     bf16 = torch.bfloat16
     contenders = {
         limit.name(): memory_limit(gpt2(), bf16),
         "ModelEMA": ours(model_of(gpt2(), bf16)),
         "ModelEMA, EWMA_KERNEL=foreach": ours(model_of(gpt2(), bf16), kernel="foreach"),
     }
-    table("GPT-2: 148 tensors, 124 M numbers, bfloat16 into float32", contenders, rounds)
+    return table(title, contenders, rounds, _others(peers, gpt2(), bf16, torch.float32))
 
 
-def _bfloat16(rounds: int) -> None:
+def _bfloat16(rounds: int, peers: bool) -> Table:
+    title = "ResNet-50, bfloat16 averages of bfloat16 weights"
     bf16 = torch.bfloat16
+    if limit.compiled() is None:
+        return Table(title, "ms", left_out={"all": "its limit needs a C compiler"})
     contenders = {
-        limit.name(): memory_limit(resnet50(), bf16, bf16),
+        f"{limit.name()}, rounded to nearest": memory_limit(resnet50(), bf16, bf16),
         "ModelEMA(dtype=torch.bfloat16)": ours(model_of(resnet50(), bf16), dtype=bf16),
         "ModelEMA(dtype=torch.bfloat16), EWMA_KERNEL=foreach": ours(
             model_of(resnet50(), bf16), dtype=bf16, kernel="foreach"
         ),
     }
-    table("ResNet-50, bfloat16 averages, rounded stochastically", contenders, rounds)
+    return table(title, contenders, rounds, _others(peers, resnet50(), bf16))
 
 
-def _four(rounds: int) -> None:
+def _four(rounds: int, peers: bool) -> Table:
     four = {f"{k}": ewma.Exponential(half_life=HALF_LIFE // k, debias=False) for k in (1, 2, 4, 8)}
     contenders = {
         "four ModelEMAs": one_after_the_other(model_of(resnet50()), four),
         "one ModelEMA with four profiles": several(model_of(resnet50()), four),
     }
-    table("ResNet-50, float32, four averages", contenders, rounds)
+    return table("ResNet-50, float32, four averages", contenders, rounds)
 
 
-def _tiny(rounds: int) -> None:
+def _tiny(rounds: int, peers: bool) -> Table:
     contenders = {
-        "torch._foreach_lerp_": many_times(raw_foreach(model_of(tiny()))),
-        "ModelEMA": many_times(ours(model_of(tiny()))),
-        "ModelEMA, EWMA_KERNEL=foreach": many_times(ours(model_of(tiny()), kernel="foreach")),
-        "torch AveragedModel, multi_avg": many_times(averaged_model(model_of(tiny()))),
+        "torch._foreach_lerp_": raw_foreach(model_of(tiny())),
+        "ModelEMA": ours(model_of(tiny())),
+        "ModelEMA, EWMA_KERNEL=foreach": ours(model_of(tiny()), kernel="foreach"),
     }
-    table("a tiny model: 6 tensors, 9,000 numbers", contenders, rounds, "µs", 1e3 / MANY)
+    title = "a tiny model: 6 tensors, 9,000 numbers"
+    return table(title, contenders, rounds, _others(peers, tiny()), "µs", MANY)
 
 
-TABLES: dict[str, Callable[[int], None]] = {
+TABLES: dict[str, Callable[[int, bool], Table]] = {
     "resnet50": _resnet50,
     "small": _small,
     "gpt2": _gpt2,
@@ -260,31 +275,48 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks weights", description=__doc__)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--only", choices=[*TABLES, "memory"], nargs="+", default=[*TABLES, "memory"])
+    add_arguments(parser)
     given = parser.parse_args(arguments)
     print(f"one update, {torch.get_num_threads()} threads, kernel {' '.join(kernels.choose('cpu'))}")
+    tables = []
     for name in given.only:
-        TABLES.get(name, _memory)(given.rounds)
+        if name == "memory":
+            _memory(given.peers)
+        else:
+            tables.append(TABLES[name](given.rounds, given.peers))
+            print(tables[-1])
         gc.collect()
+    tell(tables, given)
 
 
-def _memory(rounds: int) -> None:
-    model = model_of(resnet50())
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    ema = ewma.ModelEMA(model, half_life=HALF_LIFE)
-    rows = {"first update (makes the averages)": peak_extra(ema.update), "update": peak_extra(ema.update)}
+def _memory(peers: bool) -> None:
+    """Bytes at the peak of a call, beyond what was there before it; of the model's size."""
+
+    def row(name: str, call: Callable[[], object], model: nn.Module) -> None:
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        extra = peak_extra(call)
+        print(f"{name:{NAME}}{extra / 1e6:9.1f}{extra / size:8.1%}")
 
     def swap() -> None:
         with ema.swapped():
             pass
 
-    rows["swapped()"] = peak_extra(swap)
+    print(f"\n{'ResNet-50, peak extra memory':{NAME}}{'MB':>9}{'of it':>8}")
+    model = model_of(resnet50())
+    ema = ewma.ModelEMA(model, half_life=HALF_LIFE)
+    row("ModelEMA, first update (makes the averages)", ema.update, model)
+    row("ModelEMA, update", ema.update, model)
+    row("ModelEMA, swapped()", swap, model)
     narrow = model_of(resnet50(), torch.bfloat16)
-    narrow_size = sum(parameter.nbytes for parameter in narrow.parameters())
-    narrow_ema = ewma.ModelEMA(narrow, half_life=HALF_LIFE)
-    narrow_ema.update()
-    rows_narrow = {"update, bfloat16 weights": peak_extra(narrow_ema.update)}
-    print(f"\n{'ResNet-50, peak extra memory':58}{'MB':>8}{'of model':>10}")
-    for name, extra in rows.items():
-        print(f"{name:58}{extra / 1e6:8.1f}{extra / size:10.1%}")
-    for name, extra in rows_narrow.items():
-        print(f"{name:58}{extra / 1e6:8.1f}{extra / narrow_size:10.1%}")
+    ema = ewma.ModelEMA(narrow, half_life=HALF_LIFE)
+    ema.update()
+    row("ModelEMA, update, bfloat16 weights", ema.update, narrow)
+    if peers:
+        from benchmarks.weights_peers import PEERS
+
+        for name, make in PEERS.items():
+            for into, weights, kind in ((None, model, ""), (torch.float32, narrow, ", bfloat16 weights")):
+                try:
+                    row(f"{name}, update{kind}", make(weights, into).update, weights)
+                except Exception as error:
+                    print(f"{name}, update{kind}: left out, {type(error).__name__}")
