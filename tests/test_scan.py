@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import TRITON_MISSING
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -192,11 +193,13 @@ def test_a_scan_goes_on_from_where_another_ended(kind):
             close(np.concatenate((first, second), axis=1), whole)
 
 
-@pytest.mark.parametrize("kernel", [None, "foreach", "reference", "native"])
+@pytest.mark.parametrize("kernel", [None, "foreach", "reference", "native", "triton"])
 @each_kind
 def test_the_environment_chooses_the_kernel_and_all_say_the_same(kind, kernel: str | None, monkeypatch):
     if kernel == "native" and kernels.missing():
         pytest.skip("the compiled kernel was not built")
+    if kernel == "triton" and TRITON_MISSING:
+        pytest.skip(TRITON_MISSING)
     if kernel is None:
         monkeypatch.delenv("EWMA_KERNEL", raising=False)
     else:

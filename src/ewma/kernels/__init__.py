@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
-from ewma.arrays import Array
+from ewma.arrays import Array, is_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,7 +147,12 @@ def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array 
     kernel = compiled()
     if kernel is not None and kernel.scan(u, lost, initial, out, kept):
         return
-    name = choose()[0] if _forced() else "blocked"
+    name, _ = choose(*([str(u.device)] if is_tensor(u) else []))
+    if name == "triton":
+        kernel = importlib.import_module("ewma.kernels.triton_scan")
+        if kernel.serves(u, initial, out, *(part for part in (lost, kept) if not isinstance(part, float | None))):
+            kernel.scan(u, lost, initial, out, kept)
+            return
     module = "reference" if name == "reference" else "blocked"
     importlib.import_module(f"ewma.kernels.{module}").scan(u, lost, initial, out, kept)
 

@@ -208,12 +208,12 @@ class Table:
 
 
 def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, **constants: Any) -> None:
-    """Run a kernel on its tensors' device. No operations are fused: the bits are those of every other kernel."""
+    """Run a kernel on its tensors' device."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*given, **constants, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[grid](*given, **constants, num_warps=WARPS)
 
 
 def launch(kernel: Any, table: Table, *given: Any, **constants: Any) -> None:
-    """Run a kernel on all blocks of a table."""
-    tables = table.rows, table.blocks
-    run(kernel, (table.programs,), table.device, *tables, *given, **table.constants, **constants)
+    """Run a kernel on all blocks of a table. No operations are fused: the bits are those of every other kernel."""
+    constants |= table.constants | {"enable_fp_fusion": False}
+    run(kernel, (table.programs,), table.device, table.rows, table.blocks, *given, **constants)
