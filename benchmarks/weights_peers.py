@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.weights import ALPHA, Contender, largest, model_of, move
+from benchmarks.weights import ALPHA, Contender, Shapes, largest, model_of, move
 
 DECAY = 1.0 - ALPHA
 
@@ -20,7 +20,6 @@ def contender(model: nn.Module, update: Callable[[], object], averages: Any) -> 
     """Args: averages: a function that gives them, in the model's order."""
     for _ in range(3):  # some begin with the weights as they are, in the first one or two
         update()
-    move(model)
     return Contender(update, [largest(model.parameters(), averages(), ALPHA)])
 
 
@@ -80,20 +79,22 @@ PEERS: dict[str, Peer] = {
 
 
 def peers(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, into: torch.dtype | None = None
+    shapes: Shapes, dtype: torch.dtype = torch.float32, into: torch.dtype | None = None
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that can be made for such a model, and why the others cannot.
+    """Those that can be made for such a model, all of one, and why the others cannot.
 
     Args:
         into: the averages' dtype, where it is not the weights'.
     """
     made, left_out = {}, {}
+    model = model_of(shapes, dtype)
     for name, make in PEERS.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of theirs
-                made[name] = make(model_of(shapes, dtype), into)
+                made[name] = make(model, into)
         except Exception as error:
             what = "not installed" if isinstance(error, ModuleNotFoundError) else f"refuses: {type(error).__name__}"
             left_out[name] = f"{what}: {str(error).splitlines()[0][:80]}"
+    move(model)
     return made, left_out
