@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.timing import compare
 
+LIBRARIES = ("torch A", "torch_ema", "timm", "ema", "diffusers", "pandas", "polars", "numbagg", "scipy")
 NAME = 62
 """The width of the column that tells what was measured."""
 
@@ -67,14 +67,13 @@ def draw(tables: list[Table], path: Path) -> None:
 
     tables = [table for table in tables if table.rows]
     heights = [len(table.rows) + 1.5 for table in tables]
-    figure = Figure(figsize=(9, 0.27 * sum(heights) + 0.5), layout="constrained")
+    figure = Figure(figsize=(9, 0.22 * sum(heights) + 0.5), layout="constrained")
     panels = figure.subplots(len(tables), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
-    widest = max(ratio for table in tables for _, ratio in table.rows.values())
+    every = [ratio for table in tables for _, ratio in table.rows.values()]
     for panel, table in zip(panels, tables, strict=True):
         rows = sorted(table.rows.items(), key=lambda row: row[1][1])
         ratios = [ratio for _, (_, ratio) in rows]
-        base = next(iter(table.rows))
-        colours = ["0.6" if name == base else "tab:blue" if _ours(name) else "tab:orange" for name, _ in rows]
+        colours = [_colour(name) for name, _ in rows]
         widths = [ratio - 1.0 for ratio in ratios]
         bars = panel.barh([name for name, _ in rows], widths, left=1.0, color=colours, height=0.72)
         panel.plot(ratios, range(len(rows)), "|", color="0.2", markersize=10)
@@ -83,13 +82,13 @@ def draw(tables: list[Table], path: Path) -> None:
         panel.invert_yaxis()
         panel.axvline(1.0, color="0.3", linewidth=0.8)
         panel.set_xscale("log")
-        panel.set_xlim(0.5, 10 ** (math.log10(widest) + 0.2))
+        panel.set_xlim(0.7 * min(every), 1.6 * max(every))
         panel.set_title(table.title, loc="left", fontsize=9, fontweight="bold")
         panel.tick_params(labelsize=8, labelbottom=True)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("time, as a multiple of each panel's 1 (blue: ewma)", fontsize=9)
-    figure.savefig(path, dpi=150)
+    panels[-1].set_xlabel("time, as a multiple of each panel's 1 (blue: ewma; orange: other libraries)", fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def _short(value: float) -> str:
@@ -97,5 +96,7 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def _ours(name: str) -> bool:
-    return name.startswith(("ModelEMA", "one ModelEMA", "smooth", "ewm.", "import ewma", "ewma"))
+def _colour(name: str) -> str:
+    if name.startswith(("ModelEMA", "one ModelEMA", "smooth", "ewm", "import ewma", "backward")):
+        return "tab:blue"
+    return "tab:orange" if name.startswith(LIBRARIES) else "0.6"
