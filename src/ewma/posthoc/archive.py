@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ewma import profiles
 from ewma.posthoc.fit import Fit, Metric, check, fit
 from ewma.posthoc.manifest import NAME, Entry, Manifest, told
 from ewma.posthoc.mixing import Mixture, Source, nothing
-from ewma.posthoc.recording import save
+from ewma.posthoc.recording import Recording, is_first_rank, shared
 from ewma.posthoc.step_weights import Snapshot
 from ewma.profiles import Profile
 from ewma.readers import Checkpoint
@@ -100,7 +100,8 @@ class Archive:
         first new one comes, since the run went another way from there. A folder with snapshots of another run is
         refused.
 
-        With several ranks, rank 0 writes; where the averages are sharded, call it on every rank.
+        With several ranks call it on every one, as reading averages asks for: rank 0 writes, and what goes wrong there
+        is raised on all. With `ModelEMA(ranks="alone")` whoever calls writes.
 
         Errors: ValueError where the run or a profile is another one, where an average is not finite, or before the
         first update; OSError as the disk gives it.
@@ -109,21 +110,33 @@ class Archive:
         chosen = {name: track for name, track in owner.tracks.items() if ema is owner or track is own}
         if not all(track.updated for track in chosen.values()):
             raise ValueError("nothing is averaged yet: call archive.add(ema) after the first optimizer step")
-        if not _is_first_rank():
-            for name, track in chosen.items():
-                save(None, owner[name], Manifest(self.folder).new_entry(name, track))
-            return
+        recordings = {name: Recording(owner[name]) for name in chosen}
+        together = bool(owner.ranks.groups(owner.model)) or any(each.sharded for each in recordings.values())
+        failure: Exception | None = None
+        if owner.ranks.how == "alone" or is_first_rank():
+            try:
+                self._write(owner.run, recordings)
+            except Exception as error:
+                failure = error
+        if together:
+            for recording in recordings.values():
+                recording.drain()
+            failure = shared(failure)
+        if failure is not None:
+            raise failure
+
+    def _write(self, run: str, recordings: Mapping[str, Recording]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = Manifest.read(self.folder)
-        manifest.check_run(owner.run)
-        for name, track in chosen.items():
-            manifest.check_profile(name, track.profile)
+        manifest.check_run(run)
+        for name, recording in recordings.items():
+            manifest.check_profile(name, recording.track.profile)
         added: list[Entry] = []
         try:
-            for name, track in chosen.items():
-                added.append(manifest.new_entry(name, track))
-                save(self.folder / added[-1].file, owner[name], added[-1])
-            manifest.replace(owner.run, added)
+            for name, recording in recordings.items():
+                added.append(manifest.new_entry(name, recording.track))
+                recording.write(self.folder, added[-1])
+            manifest.replace(run, added)
         except BaseException:
             for entry in added:
                 (self.folder / entry.file).unlink(missing_ok=True)
@@ -276,9 +289,3 @@ def begun_late(profile: Profile, last: float | None, end: float) -> Profile:
     if not 0.0 < last < end:
         raise ValueError(f"last must be above 0 and at most {end:g}, the time there is; got {last:g}")
     return profiles.after(start=end - last, profile=profile)
-
-
-def _is_first_rank() -> bool:
-    import torch.distributed as dist
-
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
