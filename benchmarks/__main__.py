@@ -1,11 +1,11 @@
-"""`python -m benchmarks weights|series|gradients|sharded|imports`: see each benchmark's module for what it measures."""
+"""`python -m benchmarks weights|series|gradients|posthoc|sharded|imports`: see each benchmark's module for what it measures."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-BENCHMARKS = ("weights", "series", "gradients", "sharded", "imports")
+BENCHMARKS = ("weights", "series", "gradients", "posthoc", "sharded", "imports")
 
 
 def main(arguments: list[str]) -> None:

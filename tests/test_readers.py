@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,9 +13,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from tests.conftest import same
+from tests.ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from ewma.readers import Checkpoint, open_checkpoint
+from ewma.readers import open_checkpoint
 from ewma.readers.safetensors import DTYPES
 
 
@@ -82,7 +83,7 @@ def test_every_format_gives_what_was_saved(save, tmp_path: Path) -> None:
             if tensor.numel():
                 part = torch.empty(min(3, tensor.numel()), dtype=tensor.dtype)
                 begin = tensor.numel() - len(part)
-                checkpoint.read_part(name, begin, part)
+                checkpoint.into(name, part)(begin)
                 assert torch.equal(part.view(torch.uint8), tensor.reshape(-1)[begin:].view(torch.uint8))
     came.fill_(0)  # it is ours, also after closing
 
@@ -255,37 +256,16 @@ def test_a_path_to_nothing(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing.pt")
 
 
-SHARDS = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2] + "/meet", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-whole = torch.arange(35.0).reshape(7, 5)
-dcp.save({"rows": distribute_tensor(whole, mesh, [Shard(0)]), "columns": distribute_tensor(whole, mesh, [Shard(1)]),
-          "step": 3}, checkpoint_id=sys.argv[2] + "/dcp")
-dist.destroy_process_group()
-"""
+def save_shards(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(35.0).reshape(7, 5)
+    shards = {name: distribute_tensor(whole, mesh, [Shard(n)]) for n, name in enumerate(("rows", "columns"))}
+    dcp.save({**shards, "step": 3}, checkpoint_id=folder)
 
 
-def test_shards_of_two_ranks_come_together(tmp_path: Path, ranks) -> None:
-    ranks(SHARDS, tmp_path)
+def test_shards_of_two_ranks_come_together(tmp_path: Path) -> None:
+    on_ranks(save_shards, 2, tmp_path / "dcp")
     with open_checkpoint(tmp_path / "dcp") as checkpoint:
-        assert isinstance(checkpoint, Checkpoint)
         for name in ("rows", "columns"):
             assert torch.equal(checkpoint.read(name), torch.arange(35.0).reshape(7, 5))
         assert checkpoint.others() == {"step": 3}
-
-
-@pytest.fixture
-def ranks():
-    def run(program: str, folder: Path) -> None:
-        each = [
-            subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, str(rank), str(folder)], stderr=-1)
-            for rank in range(2)
-        ]
-        for process in each:
-            _, error = process.communicate(timeout=60)
-            assert process.returncode == 0, error.decode()
-
-    return run

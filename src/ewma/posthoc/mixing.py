@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from math import inf, prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ewma import pieces
+from ewma import kernels, pieces
 from ewma.pieces import Piece
 from ewma.readers import Checkpoint
 
-BLOCK = 2**16
-"""Elements of a tensor that are mixed at a time: what is read of each file is still in the caches when it is added."""
+BLOCK = 2**17
+"""Elements of a tensor that are mixed at a time: what is read of each file is still in the caches when it is used."""
 
 MANY = 256
 """With more files than this, each is closed after use: processes may not have many more open."""
@@ -42,8 +45,8 @@ class Source:
     def read(self, name: str) -> Tensor:
         return self.file.read(self.names[name])
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
-        self.file.read_part(self.names[name], begin, out)
+    def into(self, name: str, out: Tensor) -> Callable[[int], object]:
+        return self.file.into(self.names[name], out)
 
 
 @dataclass(frozen=True)
@@ -116,32 +119,82 @@ class Mixture:
 
 
 def mix(name: str, parts: Sequence[tuple[Source, float]]) -> Tensor:
-    """`newest + sum of share * (other - newest)` over the files, the newest being the last.
+    """The mixture of a tensor in several files, by shares that sum to 1, as a running weighted mean over the files:
 
-    With shares that sum to 1 that is their mixture; what is the same in all files comes out the same, to the bit.
+        weight' = weight + share        mean' = mean + share / weight' * (x - mean)
+
+    What is the same in all files comes out the same, to the bit. The largest shares come first and negative ones last,
+    so that the weight never comes near 0.
     """
-    newest = parts[-1][0]
-    dtype = _wide([source.dtype(name) for source, _ in parts])
-    out = torch.empty(newest.shape(name), dtype=dtype)
+    parts = sorted(parts, key=lambda part: -part[1])
+    weights = accumulate(share for _, share in parts)
+    terms = [(source, share / weight) for (source, share), weight in zip(parts, weights, strict=True)]
+    sources = [source for source, _ in parts]
+    out = torch.empty(sources[0].shape(name), dtype=_wide([source.dtype(name) for source in sources]))
     flat = out.view(-1)
-    in_parts = all(source.file.in_parts for source, _ in parts)
-    for begin in range(0, flat.numel(), BLOCK if in_parts else max(1, flat.numel())):
-        mixed = flat[begin : begin + BLOCK] if in_parts else flat
-        reference = _block(newest, name, begin, mixed)
-        mixed.copy_(reference)
-        for source, share in parts[:-1]:
-            mixed.add_(_block(source, name, begin, mixed).sub_(reference), alpha=share)
-            if len(parts) > MANY:
-                source.file.close()
-        if not mixed.isfinite().all():
-            return _not_finite(name, [source for source, _ in parts], out)
-    return out
+    in_parts = all(source.file.in_parts for source in sources)
+    size = min(BLOCK, len(flat)) if in_parts else len(flat)
+    with _one_thread():
+        runs = [_prepare(name, terms, flat[begin:end], begin, size) for begin, end in _spans(len(flat), size)]
+        if len(runs) > 1 and len(terms) <= MANY:
+            with ThreadPoolExecutor(len(runs)) as pool:
+                finite = list(pool.map(lambda run: run(), runs))
+        else:
+            finite = [run() for run in runs]
+    return out if all(finite) else _not_finite(name, sources, out)
 
 
-def _block(source: Source, name: str, begin: int, like: Tensor) -> Tensor:
-    block = torch.empty(like.shape, dtype=source.dtype(name))
-    source.read_part(name, begin, block)
-    return block.to(like.dtype)
+def _spans(length: int, size: int) -> list[tuple[int, int]]:
+    """Two halves in whole blocks, for two threads: while one waits for a file the other computes. Then the rest."""
+    blocks = length // size if size else 0
+    cuts = [0, (blocks + 1) // 2 * size, blocks * size, length]
+    return [(begin, end) for begin, end in pairwise(cuts) if begin < end]
+
+
+def _prepare(
+    name: str, terms: Sequence[tuple[Source, float]], flat: Tensor, begin: int, size: int
+) -> Callable[[], bool]:
+    """What mixes a part of a tensor, from an element on, in blocks; and tells whether all of it is finite."""
+    mean = torch.empty(min(size, len(flat)), dtype=flat.dtype)
+    rooms = {dtype: torch.empty(len(mean), dtype=dtype) for dtype in {source.dtype(name) for source, _ in terms}}
+    updates = {dtype: kernels.lerp([_real(room)], [[_real(mean)]], [0], guard=False) for dtype, room in rooms.items()}
+    steps = []
+    for source, coefficient in terms:
+        steps.append((source.into(name, rooms[source.dtype(name)]), source, coefficient))
+        if len(terms) > MANY:
+            source.file.close()
+
+    def run() -> bool:
+        for number, target in enumerate(flat.split(len(mean))):
+            for fill, source, coefficient in steps:
+                fill(begin + number * size)
+                if coefficient == 1.0:
+                    mean.copy_(rooms[source.dtype(name)])
+                else:
+                    updates[source.dtype(name)]([coefficient], [None])
+                if len(terms) > MANY:
+                    source.file.close()
+            target.copy_(mean)
+            if not target.sum().isfinite():
+                return False
+        return True
+
+    return run
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch share no operation among threads: on blocks as small as these they would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _wide(dtypes: Sequence[torch.dtype]) -> torch.dtype:

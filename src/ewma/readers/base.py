@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -63,9 +64,10 @@ class Checkpoint(ABC):
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own, on the CPU."""
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
-        """Fill `out`, contiguous and of the tensor's dtype, with its elements from `begin` on, counted flat."""
-        out.copy_(self.read(name).reshape(-1)[begin : begin + out.numel()])
+    def into(self, name: str, out: Tensor) -> Callable[[int], object]:
+        """What fills `out`, a contiguous vector of the tensor's dtype, with its elements from a given one on, counted
+        flat: prepared once, for many blocks."""
+        return lambda begin: out.copy_(self.read(name).reshape(-1)[begin : begin + out.numel()])
 
     def others(self) -> dict[str, Any]:
         """What is not a tensor, by flat name: steps, decays, strings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -91,8 +92,8 @@ class Sharded(Checkpoint):
     def read(self, name: str) -> Tensor:
         return self._at(name).read(name)
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
-        self._at(name).read_part(name, begin, out)
+    def into(self, name: str, out: Tensor) -> Callable[[int], object]:
+        return self._at(name).into(name, out)
 
     def _at(self, name: str) -> Checkpoint:
         self.entry(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ class Pickled(Checkpoint):
         self.entry(name)
         return self._tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
+    def into(self, name: str, out: Tensor) -> Callable[[int], object]:
         self.entry(name)
-        out.copy_(self._tensors[name].detach().reshape(-1)[begin : begin + out.numel()])
+        flat = self._tensors[name].detach().reshape(-1)
+        return lambda begin: out.copy_(flat[begin : begin + out.numel()])
 
     def others(self) -> dict[str, Any]:
         return dict(self._others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,29 @@ class Safetensors(Checkpoint):
     def read(self, name: str) -> Tensor:
         entry = self.entry(name)
         out = torch.empty(entry.numel, dtype=entry.dtype)
-        self.read_part(name, 0, out)
+        self.into(name, out)(0)
         return out.reshape(entry.shape)
 
-    def read_part(self, name: str, begin: int, out: Tensor) -> None:
+    def into(self, name: str, out: Tensor) -> Callable[[int], object]:
+        begins, width, room = self._begins[name], out.element_size(), out.view(torch.uint8).numpy().data
+        self._opened()
+
+        def fill(begin: int) -> None:
+            file = self._opened()
+            where, buffer = begins + begin * width, room
+            while got := os.preadv(file.fileno(), [buffer], where):
+                where, buffer = where + got, buffer[got:]
+                if not buffer:
+                    return
+            if buffer:
+                raise ValueError(f"{self.path}: it has become shorter since it was opened; {name} cannot be read")
+
+        return fill
+
+    def _opened(self) -> FileIO:
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115  (closed by `close`)
-        where = self._begins[name] + begin * out.element_size()
-        buffer = out.view(torch.uint8).numpy().data
-        while buffer:
-            got = os.preadv(self._file.fileno(), [buffer], where)
-            if not got:
-                raise ValueError(f"{self.path}: it has become shorter since it was opened; {name} cannot be read")
-            buffer, where = buffer[got:], where + got
+        return self._file
 
     def others(self) -> dict[str, Any]:
         return dict(self.metadata)
