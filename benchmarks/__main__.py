@@ -1,4 +1,4 @@
-"""`python -m benchmarks weights|series|gradients|posthoc|sharded|imports`: see each benchmark's module for what it measures."""
+"""`python -m benchmarks NAME`, one of BENCHMARKS: see each benchmark's module for what it measures."""
 
 from __future__ import annotations
 
