@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import warnings
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 import ewma
 from ewma.profiles import Exponential, Power
 
+PAGE = Path(__file__).parents[1] / "docs" / "sharded.md"
 PROFILES = {"fast": Exponential(half_life=2), "wide": Power(sigma_rel=0.1)}
 
 
@@ -147,6 +149,25 @@ def as_the_models_own(folder: str) -> None:
 
 def test_the_averages_alone_are_the_models_checkpoint(tmp_path: Path) -> None:
     on_ranks(as_the_models_own, 2, str(tmp_path / "checkpoint"))
+
+
+def from_one_file(path: str) -> dict[str, Tensor]:
+    ema = made("fsdp2", Exponential(half_life=2))[1]
+    ema.update()
+    ema.load(path)
+    return contents(ema)
+
+
+def test_every_rank_takes_its_part_of_a_whole_file(tmp_path: Path) -> None:
+    model, ema = made("plain", Exponential(half_life=2))
+    for _ in range(3):
+        with torch.no_grad():
+            model.first.weight.add_(1.0)
+        ema.update()
+    path = tmp_path / "ema.safetensors"
+    ema.save(path)
+    for answer in on_ranks(from_one_file, 2, str(path)):
+        assert same(answer, contents(ema))
 
 
 def inside_swapped(folder: str) -> None:
@@ -304,3 +325,25 @@ def test_the_state_is_found_wherever_it_is(tmp_path: Path) -> None:
         ema.load(tmp_path / "none")
     with pytest.raises(ValueError, match=r"several ModelEMAs are in this checkpoint, \['one', 'two'\]. Say which"):
         ema.load(tmp_path / "two")
+
+
+def the_page(folder: str) -> None:
+    model, _, ema = trained("fsdp2")
+    names = {
+        "ewma": ewma,
+        "dist": dist,
+        "model": model,
+        "inner": net(8),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "ema": ema,
+        "validate": lambda model: model(torch.zeros(1, 4)),
+        "get_model_state_dict": get_model_state_dict,
+        "set_model_state_dict": set_model_state_dict,
+    }
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)):
+        names["folder"] = f"{folder}/{number}"
+        exec(block, names)
+
+
+def test_the_pages_code_runs(tmp_path: Path) -> None:
+    on_ranks(the_page, 2, str(tmp_path))

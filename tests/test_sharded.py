@@ -139,6 +139,28 @@ def test_fsdp2(kind: str, ranks: int) -> None:
         close(answer, alone())
 
 
+def moved_twice() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Averages of a plain model, then of its shards on one mesh, then on another."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = net(8)
+    model.scale = nn.Parameter(torch.ones(1))
+    ema = ewma.ModelEMA(model, half_life=2)
+    ema.update()
+    plain = {name: average.clone() for name, average in ema.named_parameters()}
+    split(model, mesh["tensor"])
+    ema.bind()
+    assert isinstance(dict(ema.named_parameters())["first.weight"], DTensor)
+    fully_shard(model, mesh=mesh["data"])
+    assert dict(ema.named_parameters())["first.weight"].device_mesh.ndim == 2
+    assert ema.count == 1
+    return plain, wholes(ema)
+
+
+def test_averages_follow_a_model_that_is_sharded_later() -> None:
+    for plain, sharded in on_ranks(moved_twice, 4):
+        assert same(sharded, plain)
+
+
 def with_little_precision() -> None:
     model = shard(net(), mesh_of("one"), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     averages = follow(model, ewma.ModelEMA(model, decay=1e-9))
@@ -221,6 +243,8 @@ def under_fsdp1() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for name, parameter in wrapped.named_parameters():
             truths.setdefault(name.replace("_fsdp_wrapped_module.", ""), Truth(2**-0.5)).update(parameter)
     close({n: a.double() for n, a in wholes(ema).items()}, {n: truth.mean for n, truth in truths.items()})
+    with pytest.raises(NotImplementedError, match=r"Shard with torch.distributed.fsdp.fully_shard \(FSDP2\)"):
+        ema.state_dict()
     assert sum(average.numel() for average in wholes(ema).values()) < sum(p.numel() for p in net().parameters())
 
 

@@ -220,7 +220,8 @@ class ModelEMA(Readable):
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming bit for bit needs: tensors, numbers and strings only, all profiles in one.
 
-        The tensors are the averages themselves, as in torch's own state dicts. Written while the averages are swapped
+        The tensors are the averages themselves, as in torch's own state dicts. With it a ModelEMA is `Stateful`, which
+        torch.distributed.checkpoint saves and loads as it is (docs/sharded.md). Written while the averages are swapped
         in, it also holds the raw weights, and `load_state_dict` puts those back into the model.
         """
         return states.collect(self)
