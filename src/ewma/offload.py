@@ -289,4 +289,5 @@ def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="ewma-offload")
 
 
-os.register_at_fork(after_in_child=_thread.cache_clear)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_thread.cache_clear)
