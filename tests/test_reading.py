@@ -318,3 +318,16 @@ def test_a_folder_of_torch_distributed_checkpoint(model: Small, tmp_path: Path, 
     came = checkpoints.read(tmp_path / "dcp", model)
     assert same(at_work.averages(), {name: came.weights[name] for name in at_work.averages()})
     assert (came.source, came.count, came.profile) == (tool.source, STEPS, tool.profile)
+
+
+@pytest.mark.parametrize(
+    ("step", "start", "told"),
+    [(3, 0, False), (80, 0, False), (81, 0, True), (81, 5, False), (86, 5, True), (3, 5, False)],
+)
+def test_diffusers_lower_limit_is_no_profile_of_ours_while_it_is_in_force(step: int, start: int, told: bool) -> None:
+    """(1 + n) / (10 + n) reaches .9 at n = 80, and must be above it for the limit not to matter from there on."""
+    model = nn.Linear(2, 1)
+    kept = {"shadow_params": list(model.parameters()), "optimization_step": step, "update_after_step": start}
+    came = checkpoints.read({**kept, "decay": 0.99, "min_decay": 0.9001, "use_ema_warmup": False}, model)
+    assert (came.profile is not None) == told
+    assert (came.count, came.decay) == (step, 0.99)
