@@ -696,7 +696,8 @@ def test_large_batches_are_each_series_alone(shape: tuple[int, ...]) -> None:
     same(ewma.smooth(torch.from_numpy(x), alpha=0.1, dim=axis), numerator / weights, 1e-12 * largest(x))
 
 
-KERNELS = [name for name in kernels.KERNELS if name != "native" or not kernels.missing()]
+PROBLEMS = {"native": kernels.missing(), "triton": kernels.missing_triton()}
+KERNELS = [name for name in kernels.KERNELS if not PROBLEMS.get(name)]
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
