@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import warnings
 from collections.abc import Callable
@@ -641,3 +642,30 @@ def test_in_a_training_loop(small: Small, sgd, tmp_path: Path) -> None:
     found = archive.reconstruct(ewma.Power(sigma_rel=0.15)).weights
     assert distance(found, dict(true.named_parameters())) < 1e-4
     small.load_state_dict(found)
+
+
+def test_the_pages_about_it_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    steps = 100
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+
+    def train_step() -> None:
+        optimizer.zero_grad()
+        model(torch.randn(4, 2)).pow(2).mean().backward()
+        optimizer.step()
+
+    for step in range(1, 11):
+        torch.save(model.state_dict(), f"run/checkpoints/{step}.pt")
+    names = {"ewma": ewma, "model": model, "optimizer": optimizer, "steps": steps, "train_step": train_step}
+    docs = Path(__file__).parents[1] / "docs" / "posthoc.md"
+    readme = [block for block in _blocks(docs.parents[1] / "README.md") if "ewma.posthoc" in block]
+    for block in [*_blocks(docs), *readme]:
+        exec(block, names)
+    assert names["found"].residual < 1e-3
+    assert load_file("model.safetensors").keys() == model.state_dict().keys()
+
+
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

@@ -154,7 +154,7 @@ def _spans(length: int, size: int) -> list[tuple[int, int]]:
 def _prepare(
     name: str, terms: Sequence[tuple[Source, float]], flat: Tensor, begin: int, size: int
 ) -> Callable[[], bool]:
-    """What mixes a part of a tensor, from an element on, in blocks; and tells whether all of it is finite."""
+    """What mixes a part of a tensor, from an element on, in blocks; and tells whether it is finite for sure."""
     mean = torch.empty(min(size, len(flat)), dtype=flat.dtype)
     rooms = {dtype: torch.empty(len(mean), dtype=dtype) for dtype in {source.dtype(name) for source, _ in terms}}
     updates = {dtype: kernels.lerp([_real(room)], [[_real(mean)]], [0], guard=False) for dtype, room in rooms.items()}
@@ -165,6 +165,7 @@ def _prepare(
             source.file.close()
 
     def run() -> bool:
+        finite = True
         for number, target in enumerate(flat.split(len(mean))):
             for fill, source, coefficient in steps:
                 fill(begin + number * size)
@@ -175,9 +176,8 @@ def _prepare(
                 if len(terms) > MANY:
                     source.file.close()
             target.copy_(mean)
-            if not target.sum().isfinite():
-                return False
-        return True
+            finite = finite and bool(target.sum().isfinite())
+        return finite
 
     return run
 
