@@ -16,6 +16,10 @@ from torch.autograd.graph import increment_version
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+BLOCK = 1 << 13
+"""In elements: Triton's interpreter takes milliseconds a block, of any size."""
+
+
 class Lent:
     """What is there of tensors on the CPU, there."""
 
@@ -49,9 +53,9 @@ class Lerp(Lent):
         super().__init__()
         kernel: Any = importlib.import_module("ewma.kernels.triton")
         with pytest.MonkeyPatch.context() as patch:
-            if DEVICE.type == "cpu":  # the interpreter takes milliseconds a block, of any size
+            if DEVICE.type == "cpu":
                 largest = max((value.numel() for value in values), default=0)
-                patch.setattr(kernel, "BLOCK", max(kernel.BLOCK, 1 << (largest // 8).bit_length()))
+                patch.setattr(kernel, "BLOCK", max(kernel.BLOCK, 1 << (largest // 4).bit_length()))
             there = self.all(values), [self.all(each) for each in averages]
             self.prepared = kernel.lerp(*there, streams, guard)
 
@@ -69,8 +73,8 @@ class Lerp(Lent):
 class Filter(Lent):
     def __init__(self, averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: bool = True) -> None:
         super().__init__()
-        kernel: Any = importlib.import_module("ewma.kernels.triton_filter")
-        self.prepared = kernel.Filter(self.all(averages), squares if squares is None else self.all(squares), guard)
+        self.kernel: Any = importlib.import_module("ewma.kernels.triton_filter")
+        self.prepared = self.kernel.Filter(self.all(averages), squares if squares is None else self.all(squares), guard)
 
     @property
     def skipped(self) -> Any:
@@ -79,7 +83,9 @@ class Filter(Lent):
     def __call__(self, gradients: Sequence[Tensor], *more: Any) -> None:
         there, others = self.all(gradients), self.all(more)
         self.forth()
-        with numpy.errstate(all="ignore"):
+        with pytest.MonkeyPatch.context() as patch, numpy.errstate(all="ignore"):
+            if DEVICE.type == "cpu":
+                patch.setattr(self.kernel, "BLOCK", BLOCK)
             self.prepared(there, *others)
         self.back()
         if DEVICE.type == "cuda":

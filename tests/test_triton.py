@@ -11,9 +11,9 @@ import pytest
 import torch
 from tests import lent
 from tests.conftest import NATIVE_MISSING, TRITON_MISSING
-from torch import Tensor
+from torch import Tensor, nn
 
-from ewma import kernels
+from ewma import Exponential, GradientEMA, ModelEMA, kernels
 from ewma.kernels import noise
 
 if TRITON_MISSING:
@@ -243,6 +243,44 @@ def test_no_device_is_waited_for() -> None:
         lerp([c], [drawn])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"capturable": True}, {"dtype": bf16}, {"dtype": bf16, "capturable": True}], ids=str
+)
+def test_a_model_is_averaged_as_by_torch(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """bfloat16 to the last bit, since both draw the same."""
+    averages = []
+    for kernel in ("triton", "foreach"):
+        monkeypatch.setenv("EWMA_KERNEL", kernel)
+        model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)).to(DEVICE)
+        profiles = {"fast": Exponential(half_life=5), "slow": Exponential(half_life=50_000)}
+        ema = ModelEMA(model, profiles, **options)
+        for step in range(4):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.data = numbers(parameter.numel(), f32, 10 * step + number).view_as(parameter).to(DEVICE)
+            ema.update()
+        averages.append([average for name in profiles for _, average in ema[name].named_parameters()])
+    step = 0.0 if "dtype" in options else 2.0**-22
+    for got, right in zip(*averages, strict=True):
+        torch.testing.assert_close(got, right, rtol=step, atol=step)
+
+
+@pytest.mark.parametrize("mix", [(0.0, 1.0), (1.0, 2.0)])
+def test_an_optimizer_gets_the_gradients_that_torch_filters(
+    monkeypatch: pytest.MonkeyPatch, mix: tuple[float, float]
+) -> None:
+    trained = []
+    for kernel in ("triton", "foreach"):
+        monkeypatch.setenv("EWMA_KERNEL", kernel)
+        weight = nn.Parameter(numbers(50, f32, 0).to(DEVICE))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        GradientEMA(optimizer, half_life=3, raw=mix[0], slow=mix[1])
+        for step in range(4):
+            weight.grad = numbers(50, f32, 1 + step).to(DEVICE)
+            optimizer.step()
+        trained.append(weight.detach())
+    torch.testing.assert_close(*trained)
 
 
 @on_a_gpu

@@ -22,14 +22,14 @@ from ewma.kernels import differentiable, reference, triton_scan
 
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAN = math.nan
-SHAPES = [(1, 1, 1), (1, 2, 1), (1, 63, 1), (3, 100, 1), (2, 63, 3), (1, 40, 20), (30, 2, 3), (2, 0, 3), (0, 5, 1)]
+SHAPES = [(1, 1, 1), (1, 2, 1), (1, 63, 1), (3, 40, 1), (2, 33, 3), (1, 20, 9), (12, 2, 3), (2, 0, 3), (0, 5, 1)]
 LOST = ["0", "1e-8", ".3", "1", "each step", "each series", "each", "kept"]
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many tiles and segments in short series: Triton's interpreter takes half a millisecond a step."""
-    for name, value in {"TILE": 32, "LANES": 8, "PROGRAMS": 12, "SEGMENT": 1}.items():
+    for name, value in {"TILE": 32, "LANES": 4, "PROGRAMS": 12, "SEGMENT": 1}.items():
         monkeypatch.setattr(triton_scan, name, value)
     with numpy.errstate(all="ignore"):
         yield
@@ -73,7 +73,7 @@ def test_tiles_and_segments_are_the_steps(shape: tuple[int, int, int], lost: str
 
 
 def test_long_series() -> None:
-    u, initial = normal(1, 1000, 1), normal(1, 1, 1, seed=2)
+    u, initial = normal(1, 500, 1), normal(1, 1, 1, seed=2)
     close(scanned(triton_scan, u, 0.01, initial), scanned(reference, u, 0.01, initial))
 
 
@@ -90,7 +90,7 @@ def test_large_series_in_tiles_as_they_are(monkeypatch: pytest.MonkeyPatch, shap
 
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("lost", [1e-6, 0.02, 0.7])
-@pytest.mark.parametrize("shape", [(1, 200, 1), (1, 30, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 100, 1), (1, 12, 6)], ids=str)
 def test_narrow_numbers_are_rounded_once(shape: tuple[int, int, int], lost: float, dtype: torch.dtype) -> None:
     """Whatever the offset: a carry in the narrow dtype would lose the steps."""
     u, initial = (100.0 + normal(*shape)).to(dtype), 100.0 + normal(shape[0], 1, shape[2], seed=2)
@@ -100,7 +100,7 @@ def test_narrow_numbers_are_rounded_once(shape: tuple[int, int, int], lost: floa
 
 
 @pytest.mark.parametrize("lost", [".3", "each step", "kept"])
-@pytest.mark.parametrize("shape", [(2, 70, 1), (2, 20, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 40, 1), (2, 12, 3)], ids=str)
 def test_from_the_end_to_the_start(shape: tuple[int, int, int], lost: str) -> None:
     u, initial = normal(*shape), normal(shape[0], 1, shape[2], seed=2)
     given, kept = coefficients(lost, shape)
@@ -137,7 +137,7 @@ def test_what_lies_between_is_not_written() -> None:
 
 
 def test_next_to_nothing_still_counts() -> None:
-    n, zeros = 200, torch.zeros(1, 200, 1, dtype=f64, device=DEVICE)
+    n, zeros = 70, torch.zeros(1, 70, 1, dtype=f64, device=DEVICE)
     y = scanned(triton_scan, zeros, 1e-17, zeros[:, :1] + 1.0)
     assert 1.0 - scanned(triton_scan, zeros, 1e-14, zeros[:, :1] + 1.0)[0, -1, 0].item() == pytest.approx(
         n * 1e-14, rel=0.02
@@ -159,7 +159,7 @@ def test_a_nan_reaches_all_that_follows_and_no_other_series() -> None:
     assert got[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize(("n", "inner"), [(1, 1), (24, 1), (4, 3)])
+@pytest.mark.parametrize(("n", "inner"), [(1, 1), (12, 1), (3, 2)])
 def test_gradients_are_the_loops(monkeypatch: pytest.MonkeyPatch, n: int, inner: int) -> None:
     monkeypatch.setenv("EWMA_KERNEL", "triton")
     calls = []
@@ -218,9 +218,8 @@ assert len(ahead.made) == 3
 assert ahead.count("ld.global[^;]*[.]v[24]"), "not 16 bytes at a time"
 scan((1, 10**5, 1), f32, .7)
 assert ahead.made[:3] == ahead.made[3:], "two for one"
-scan((1, 2000, 64), torch.bfloat16, .3, None, True)
 each = torch.rand(1, 3000, 1, dtype=f64)
-scan((1, 3000, 48), f64, each, 1 - each)
+scan((1, 300, 48), torch.bfloat16, each[:, :300], 1 - each[:, :300], True)
 """
 
 
