@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-LIMIT = 90.0
+LIMIT = 120.0
 """Seconds after which a run counts as hung."""
 
 PATIENCE = 3.0
@@ -109,7 +109,7 @@ def _rank(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        dist.init_process_group("gloo", meeting, timedelta(seconds=LIMIT / 3), ranks, rank)
+        dist.init_process_group("gloo", meeting, timedelta(seconds=LIMIT), ranks, rank)
         answer = function(*arguments)
     except BaseException:
         answer = _Failure(traceback.format_exc(limit=-4))

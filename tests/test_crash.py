@@ -53,25 +53,19 @@ def test_a_run_that_loses_a_process_goes_on_on_other_processes(tmp_path: Path) -
             torch.testing.assert_close(average, expected[name], rtol=1e-9, atol=1e-12)
 
 
-def test_the_example_runs_under_torchrun_and_goes_on(tmp_path: Path) -> None:
-    def torchrun(ranks: int, *options: str) -> list[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = subprocess.run(
-            [*command, str(EXAMPLE), "--out", str(tmp_path), *options],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout.splitlines()
-
-    lines = torchrun(2, "--steps", "20", "--every", "10")
+def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
+    done = subprocess.run(
+        [*command, "--steps", "10", "--every", "5", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
     assert lines[0].startswith("step 10: loss ")
-    assert lines[-2].endswith("(updates: 20, ranks: 2)")
+    assert lines[-2].endswith("(updates: 10, ranks: 2)")
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000005", "step_000010"]
     assert (tmp_path / "averaged" / "model.safetensors").is_file()
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000010", "step_000020"]
-    lines = torchrun(1, "--steps", "30", "--every", "10")
-    assert [line.split(":")[0] for line in lines[:-2]] == ["step 30"]
-    assert lines[-2].endswith("(updates: 30, ranks: 1)")

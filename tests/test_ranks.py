@@ -95,7 +95,6 @@ def keeps_its_own() -> None:
 
 
 def differing(kind: str) -> str:
-    ranks.PATIENCE = 2.0
     model = fully_shard(nn.Linear(2, 2)) if kind == "fsdp2" else nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
     ema = ewma.ModelEMA(model, half_life=10 * (1 + (dist.get_rank() == 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -117,7 +116,7 @@ def test_different_profiles_are_an_error_on_every_rank(kind: str, size: int) -> 
 
 
 def only_some(folder: str) -> str:
-    ranks.PATIENCE = 1.5
+    ranks.PATIENCE = 3.0
     model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
     told = "did not come"
     if dist.get_rank() != 1:
@@ -132,6 +131,6 @@ def only_some(folder: str) -> str:
 
 def test_a_missing_rank_is_told(tmp_path: Path) -> None:
     first, second, third = on_ranks(only_some, 3, str(tmp_path))
-    assert "after 1.5 s rank 1 is missing. Call it on all ranks, not under `if rank == 0`; or" in first
+    assert "after 3 s rank 1 is missing. Call it on all ranks, not under `if rank == 0`; or" in first
     assert second == "did not come"
-    assert "after 1.5 s the others' error tells which is missing." in third
+    assert "after 3 s the others' error tells which is missing." in third

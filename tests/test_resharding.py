@@ -236,9 +236,9 @@ def fails(folder: str, options: dict) -> tuple[str, bool]:
         if options.get("torch"):
             dcp.load({"ema": ema}, checkpoint_id=path)
         elif dist.get_rank() not in options.get("missing", ()):
-            ema.load(path, patience=options.get("patience", 20.0))
+            ema.load(path, patience=options.get("patience", 60.0))
         else:
-            time.sleep(4.0)
+            time.sleep(2.0)
         told = "nothing"
     except BaseException as error:  # CheckpointException is no Exception
         told = f"{type(error).__name__}: {error}"
@@ -247,7 +247,7 @@ def fails(folder: str, options: dict) -> tuple[str, bool]:
         if "missing" not in options
         else True
     )
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60  # far from the group's own limit
     return told, unchanged and numbers == ema.state_dict()["tracks"]
 
 

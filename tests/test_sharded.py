@@ -131,9 +131,7 @@ def under_fsdp2(kind: str) -> dict[str, Tensor]:
     return follow(model, early or ewma.ModelEMA(model, half_life=2))
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks"), [("after", 2), ("after", 4), ("before", 2), ("hsdp", 4), ("hsdp", 2), ("compiled", 2)]
-)
+@pytest.mark.parametrize(("kind", "ranks"), [("after", 2), ("after", 4), ("before", 2), ("hsdp", 4), ("compiled", 2)])
 def test_fsdp2(kind: str, ranks: int) -> None:
     for answer in on_ranks(under_fsdp2, ranks, kind):
         close(answer, alone())
