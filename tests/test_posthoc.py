@@ -305,6 +305,21 @@ def test_a_file_is_what_reconstruct_gives(tmp_path: Path) -> None:
         archive.reconstruct_to(tmp_path / "nowhere" / "x.safetensors", target)
 
 
+@pytest.mark.parametrize("block", [999, 35_000, 70_000, 70_001])
+def test_blocks_and_threads_change_nothing(tmp_path: Path, monkeypatch, block: int) -> None:
+    archive, _, _ = walked(tmp_path, {}, steps=24)
+    whole = archive.reconstruct(ewma.Power(sigma_rel=0.07)).weights
+    monkeypatch.setattr("ewma.posthoc.mixing.BLOCK", block)
+    assert same(archive.reconstruct(ewma.Power(sigma_rel=0.07)).weights, whole)
+
+
+def test_torch_keeps_its_threads(tmp_path: Path) -> None:
+    archive, _, _ = walked(tmp_path, {}, steps=24)
+    before = torch.get_num_threads()
+    archive.reconstruct(ewma.Power(sigma_rel=0.07))
+    assert torch.get_num_threads() == before
+
+
 def test_a_late_parameter_goes_by_its_own_clock(tmp_path: Path) -> None:
     target = ewma.Power(sigma_rel=0.12)
     model, archive = Walk(), posthoc.Archive(tmp_path)

@@ -168,8 +168,9 @@ def test_nan_is_named(saved: Path) -> None:
 
 def test_numbers_whose_sum_is_too_large_are_finite_all_the_same(tmp_path: Path) -> None:
     for step in (1, 2):
-        torch.save({"w": torch.full((300_000,), 1e38 * step)}, tmp_path / f"{step}.pt")
-    assert Checkpoints(tmp_path).average().weights["w"].tolist() == pytest.approx([1.5e38] * 300_000, rel=1e-6)
+        torch.save({"w": torch.full((150_000,), 1e38 * step)}, tmp_path / f"{step}.pt")
+    found = Checkpoints(tmp_path).average().weights["w"]
+    torch.testing.assert_close(found, torch.full((150_000,), 1.5e38))
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

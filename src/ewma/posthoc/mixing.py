@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import inf, prod
 from pathlib import Path
 
@@ -133,9 +133,13 @@ def mix(name: str, parts: Sequence[tuple[Source, float]]) -> Tensor:
     out = torch.empty(sources[0].shape(name), dtype=_wide([source.dtype(name) for source in sources]))
     flat = out.view(-1)
     in_parts = all(source.file.in_parts for source in sources)
-    size = min(BLOCK, len(flat)) if in_parts else len(flat)
+    blocks = -(-len(flat) // BLOCK) if in_parts else 1
+    size = -(-len(flat) // max(1, blocks))
+    begins = [min(number * size, len(flat) - size) for number in range(blocks)]  # the last two may overlap
+    half = -(-blocks // 2)
     with _one_thread():
-        runs = [_prepare(name, terms, flat[begin:end], begin, size) for begin, end in _spans(len(flat), size)]
+        # Two threads: while one waits for a file the other computes.
+        runs = [_prepare(name, terms, flat, part, size) for part in (begins[:half], begins[half:]) if part]
         if len(runs) > 1 and len(terms) <= MANY:
             with ThreadPoolExecutor(len(runs)) as pool:
                 finite = list(pool.map(lambda run: run(), runs))
@@ -144,39 +148,33 @@ def mix(name: str, parts: Sequence[tuple[Source, float]]) -> Tensor:
     return out if all(finite) else _not_finite(name, sources, out)
 
 
-def _spans(length: int, size: int) -> list[tuple[int, int]]:
-    """Two halves in whole blocks, for two threads: while one waits for a file the other computes. Then the rest."""
-    blocks = length // size if size else 0
-    cuts = [0, (blocks + 1) // 2 * size, blocks * size, length]
-    return [(begin, end) for begin, end in pairwise(cuts) if begin < end]
-
-
 def _prepare(
-    name: str, terms: Sequence[tuple[Source, float]], flat: Tensor, begin: int, size: int
+    name: str, terms: Sequence[tuple[Source, float]], flat: Tensor, begins: Sequence[int], size: int
 ) -> Callable[[], bool]:
-    """What mixes a part of a tensor, from an element on, in blocks; and tells whether it is finite for sure."""
-    mean = torch.empty(min(size, len(flat)), dtype=flat.dtype)
-    rooms = {dtype: torch.empty(len(mean), dtype=dtype) for dtype in {source.dtype(name) for source, _ in terms}}
+    """What mixes blocks of a tensor, each from an element on; and tells whether they are finite for sure."""
+    mean = torch.empty(size, dtype=flat.dtype)
+    rooms = {dtype: torch.empty(size, dtype=dtype) for dtype in {source.dtype(name) for source, _ in terms}}
     updates = {dtype: kernels.lerp([_real(room)], [[_real(mean)]], [0], guard=False) for dtype, room in rooms.items()}
     steps = []
     for source, coefficient in terms:
-        steps.append((source.into(name, rooms[source.dtype(name)]), source, coefficient))
+        room = rooms[source.dtype(name)]
+        steps.append((source.into(name, room), source, coefficient, room, updates[room.dtype]))
         if len(terms) > MANY:
             source.file.close()
 
     def run() -> bool:
         finite = True
-        for number, target in enumerate(flat.split(len(mean))):
-            for fill, source, coefficient in steps:
-                fill(begin + number * size)
+        for begin in begins:
+            for fill, source, coefficient, room, update in steps:
+                fill(begin)
                 if coefficient == 1.0:
-                    mean.copy_(rooms[source.dtype(name)])
+                    mean.copy_(room)
                 else:
-                    updates[source.dtype(name)]([coefficient], [None])
+                    update([coefficient], [None])
                 if len(terms) > MANY:
                     source.file.close()
-            target.copy_(mean)
-            finite = finite and bool(target.sum().isfinite())
+            flat[begin : begin + size] = mean
+            finite = finite and bool(mean.sum().isfinite())
         return finite
 
     return run
