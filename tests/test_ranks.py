@@ -134,3 +134,29 @@ def test_a_missing_rank_is_told(tmp_path: Path) -> None:
     assert "after 3 s rank 1 is missing. Call it on all ranks, not under `if rank == 0`; or" in first
     assert second == "did not come"
     assert "after 3 s the others' error tells which is missing." in third
+
+
+def read_on_one() -> str:
+    model = nn.parallel.DistributedDataParallel(nn.BatchNorm1d(2))
+    ema = ewma.ModelEMA(model, half_life=10).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    ranks.PATIENCE = 1.0
+    if dist.get_rank() == 1:
+        return "did not read"
+    with pytest.raises(RuntimeError, match="reading averages: it takes every rank, and after 1 s rank 1 is missing"):
+        ema.state_dict()
+    return "was told"
+
+
+def test_reading_buffers_on_one_rank_is_told() -> None:
+    assert on_ranks(read_on_one, 2) == ["was told", "did not read"]
+
+
+def without_buffers() -> int:
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    ema = ewma.ModelEMA(model, half_life=10).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    ema.update()
+    return len(ema.state_dict()["averages"]["average"]) if dist.get_rank() == 0 else 0
+
+
+def test_without_buffers_one_rank_may_read_alone() -> None:
+    assert on_ranks(without_buffers, 2) == [2, 0]

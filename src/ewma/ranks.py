@@ -58,6 +58,8 @@ class Ranks:
         groups = self.groups(model)
         if groups and not self.agreed and (buffers or mesh_groups(model)):
             self.agree(what, model, said)
+        if groups and buffers:
+            meet(what, groups)  # an answer to another rank's other question would be taken for a buffer
         for group in groups:
             for alike in _alike(buffers):
                 _make_equal(alike, group, self.how == "average")
