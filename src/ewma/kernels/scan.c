@@ -14,10 +14,10 @@
 #include <immintrin.h>
 #endif
 
-/* Columns of a strip, where there are many; steps whose shares are kept for all series; of how many values a series'
+/* Columns of a strip, where there are many, and where there are few; steps whose shares are kept for all series; of how many values a series'
    size is told; bytes of a result from which on it goes around the caches; elements from which on threads are worth
    waking; how many bits of the past count to who reads it up again. */
-enum { STRIP = 4096, TABLE = 1 << 16, FEW = 16, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
+enum { STRIP = 4096, NARROW = 64, TABLE = 1 << 16, FEW = 16, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
 
 typedef struct {
     char *data;
@@ -127,15 +127,17 @@ INLINE double sum_from(const Sweep *sweep, ptrdiff_t series, double first, doubl
 
 static ptrdiff_t apart(const Sweep *sweep) { return (sweep->n + FEW - 1) / FEW; }
 
-static void begin_line(Sweep *sweep, ptrdiff_t series)
+static void begin_line(Sweep *sweep, ptrdiff_t row, ptrdiff_t column)
 {
-    const ptrdiff_t row = series / sweep->inner, column = series % sweep->inner;
-    const double first = first_of(sweep, row, column);
+    const ptrdiff_t series = row * sweep->inner + column, step = sweep->x.step[1] * apart(sweep);
+    const Dtype dtype = sweep->x.dtype;
+    const char *from = element(&sweep->x, row, 0, column);
+    const double first = read_double(from, 0, dtype);
     double low = first, high = first;
-    for (ptrdiff_t t = 0; t < sweep->n; t += apart(sweep)) {
-        const double x = read_double(element(&sweep->x, row, t, column), 0, sweep->x.dtype);
-        low = x < low || x != x ? x : low;
-        high = x > high || x != x ? x : high;
+    for (ptrdiff_t t = 0; t < sweep->n; t += apart(sweep), from += step * (ptrdiff_t)size_of(dtype)) {
+        const double x = read_double(from, 0, dtype);
+        low = x < low ? x : low; /* a NaN is told by the sums */
+        high = x > high ? x : high;
     }
     sweep->base[series] = base_from(first, low, high);
     sweep->sums[series] = sum_from(sweep, series, first, sweep->base[series]);
@@ -154,26 +156,55 @@ static void begin_strip(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width
     }
 }
 
+/* Results that are to go around the caches, kept together until they are whole lines of the cache. */
+
+typedef struct {
+    char *to;
+    size_t size;
+    double room[BLOCK];
+} Stage;
+
+static void leave(Stage *stage)
+{
+    if (stage->size)
+        LOOPS[chosen].copy(stage->to, (char *)stage->room, stage->size);
+    stage->size = 0;
+}
+
+/* Where to write `size` bytes, at most a block of doubles, that belong to `to`. */
+static char *enter(Stage *stage, char *to, size_t size)
+{
+    if (stage->to + stage->size != to || stage->size + size > sizeof stage->room) {
+        leave(stage);
+        stage->to = to;
+    }
+    stage->size += size;
+    return (char *)stage->room + stage->size - size;
+}
+
 /* Lines. */
 
 /* The steps from `begin` to `end` of one series, from the sum before them; gives the sum after them. */
 static double line(
-    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, double base, double sum)
+    const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, double base, double sum,
+    Stage *stage)
 {
     const Loops *loops = &LOOPS[chosen];
     const Plane *x = &sweep->x, *out = &sweep->out;
     const ptrdiff_t step = out->step[1], size = (ptrdiff_t)size_of(out->dtype);
     const int at_once = direct(x, out) && x->step[1] == 1 && step == 1 && !sweep->pre;
-    double u[BLOCK], y[BLOCK], shares[BLOCK], result[BLOCK];
+    double u[BLOCK], y[BLOCK], shares[BLOCK];
     for (ptrdiff_t t = begin; t < end; t += BLOCK) {
         const int n = end - t < BLOCK ? (int)(end - t) : BLOCK, whole = at_once ? n / WINDOW * WINDOW : 0;
         const char *from = element(x, row, t, column);
         const double *post = shares_of(&sweep->post, t, n, shares);
-        char *to = element(out, row, t, column), *place = to;
-        if (sweep->around && (step == 1 || step == -1))
-            place = (char *)result + (step == 1 ? 0 : (n - 1) * size);
+        char *to = element(out, row, t, column);
+        if (sweep->around && step == 1)
+            to = enter(stage, to, (size_t)(n * size));
+        else if (sweep->around && step == -1)
+            to = enter(stage, to - (n - 1) * size, (size_t)(n * size)) + (n - 1) * size;
         if (whole)
-            sum = loops->line(place, from, whole, base, sum, post, &sweep->fading, x->dtype);
+            sum = loops->line(to, from, whole, base, sum, post, &sweep->fading, x->dtype);
         if (whole < n) {
             const int rest = n - whole, padded = (rest + WINDOW - 1) / WINDOW * WINDOW;
             from += whole * x->step[1] * (ptrdiff_t)size_of(x->dtype);
@@ -184,10 +215,8 @@ static double line(
                 u[i] = 0.0;
             loops->line((char *)y, (char *)u, padded, 0.0, sum, NULL, &sweep->fading, FLOAT64);
             sum = y[rest - 1];
-            loops->write(place + whole * step * size, y, rest, step, base, post + whole, out->dtype);
+            loops->write(to + whole * step * size, y, rest, step, base, post + whole, out->dtype);
         }
-        if (place != to)
-            loops->copy(step == 1 ? to : to - (n - 1) * size, (char *)result, (size_t)(n * size));
     }
     return sum;
 }
@@ -219,6 +248,7 @@ static double reach(
 /* Where the steps of a series do not lie side by side, several take turns: the neighbours' lines are in the cache. */
 static size_t lines(Sweep *sweep, ptrdiff_t first, ptrdiff_t last)
 {
+    Stage stage = {NULL, 0, {0}};
     size_t unfinished = 0;
     const ptrdiff_t step = sweep->x.step[1];
     const ptrdiff_t turn = last - first == 1 || step == 1 || step == -1 ? sweep->n : BLOCK;
@@ -227,11 +257,12 @@ static size_t lines(Sweep *sweep, ptrdiff_t first, ptrdiff_t last)
             const ptrdiff_t row = series / sweep->inner, column = series % sweep->inner;
             const ptrdiff_t end = sweep->n - t < turn ? sweep->n : t + turn;
             if (t == 0 && sweep->fresh)
-                begin_line(sweep, series);
-            const double sum = line(sweep, row, column, t, end, sweep->base[series], sweep->sums[series]);
+                begin_line(sweep, row, column);
+            const double sum = line(sweep, row, column, t, end, sweep->base[series], sweep->sums[series], &stage);
             sweep->sums[series] = sum;
             unfinished += end == sweep->n && !isfinite(sum);
         }
+    leave(&stage);
     return unfinished;
 }
 
@@ -244,13 +275,15 @@ static void segment(const Sweep *sweep, size_t index)
     const ptrdiff_t end = sweep->n - begin < sweep->each ? sweep->n : begin + sweep->each;
     const double base = sweep->base[sweep->series];
     double sum = sweep->sums[sweep->series];
+    Stage stage = {NULL, 0, {0}};
     if (begin > 0) {
         const double counts = ceil(BITS * log(2.0) / -log1p(-sweep->post.lost));
         const ptrdiff_t back = counts < (double)begin ? (ptrdiff_t)counts : begin;
         sum = reach(sweep, row, column, begin - back, begin, base, back < begin ? 0.0 : sum);
     }
     sweep->begins[index] = sum;
-    sweep->ends[index] = line(sweep, row, column, begin, end, base, sum);
+    sweep->ends[index] = line(sweep, row, column, begin, end, base, sum, &stage);
+    leave(&stage);
 }
 
 /* Columns. */
@@ -259,12 +292,13 @@ static void segment(const Sweep *sweep, size_t index)
    What is not of one dtype goes through float64. */
 static void strip_steps(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
 {
-    enum { PIECE = 512, NARROW = 64, SOON = 16 };
+    enum { PIECE = 512 };
     const Loops *loops = &LOOPS[chosen];
     const Plane *x = &sweep->x, *out = &sweep->out;
     const ptrdiff_t series = row * sweep->inner + column;
     double *base = sweep->base + series, *sums = sweep->sums + series, shares[BLOCK];
-    double u[PIECE], y[PIECE], result[PIECE];
+    double u[PIECE], y[PIECE];
+    Stage stage = {NULL, 0, {0}};
     const int at_once = direct(x, out), narrow = at_once && width <= NARROW;
     const ptrdiff_t x_step = x->step[1] * (ptrdiff_t)size_of(x->dtype);
     const ptrdiff_t out_step = out->step[1] * (ptrdiff_t)size_of(out->dtype);
@@ -273,28 +307,29 @@ static void strip_steps(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width
         const double *post = shares_of(&sweep->post, t, steps, shares), *pre = sweep->pre ? sweep->pre + t : NULL;
         if (narrow) {
             loops->columns(element(out, row, t, column), element(x, row, t, column), out_step, x_step,
-                           SOON * x_step, steps, width, sums, base, pre, post, &sweep->fading, x->dtype);
+                           16, steps, width, sums, base, pre, post, &sweep->fading, x->dtype);
             continue;
         }
         for (int i = 0; i < steps; i++)
             for (int k = 0; k < width; k += PIECE) {
                 const int n = width - k < PIECE ? width - k : PIECE;
                 const char *from = element(x, row, t + i, column + k);
-                char *to = element(out, row, t + i, column + k), *place = sweep->around ? (char *)result : to;
+                char *to = element(out, row, t + i, column + k);
                 const double *before = pre ? pre + i : NULL;
+                if (sweep->around)
+                    to = enter(&stage, to, (size_t)n * size_of(out->dtype));
                 if (at_once)
-                    loops->columns(place, from, 0, 0, x_step, 1, n, sums + k, base + k, before, post + i, &sweep->fading,
-                                   x->dtype);
+                    loops->columns(to, from, sweep->around ? 0 : out_step, x_step, 1, 1, n, sums + k, base + k, before,
+                                   post + i, &sweep->fading, x->dtype);
                 else {
                     loops->read(u, from, n, 1, 0.0, x->dtype);
                     loops->columns((char *)y, (char *)u, 0, 0, 0, 1, n, sums + k, base + k, before, post + i,
                                    &sweep->fading, FLOAT64);
-                    loops->write(place, y, n, 1, 0.0, NULL, out->dtype);
+                    loops->write(to, y, n, 1, 0.0, NULL, out->dtype);
                 }
-                if (sweep->around)
-                    loops->copy(to, place, (size_t)n * size_of(out->dtype));
             }
     }
+    leave(&stage);
 }
 
 static size_t strip(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width)
@@ -349,7 +384,7 @@ static void in_segments(Sweep *sweep, int threads)
     for (sweep->series = 0; sweep->series < sweep->outer * sweep->inner; sweep->series++) {
         double *sum = sweep->sums + sweep->series;
         if (sweep->fresh)
-            begin_line(sweep, sweep->series);
+            begin_line(sweep, sweep->series / sweep->inner, sweep->series % sweep->inner);
         share(sweep_part, sweep, count, threads);
         *sum = ends[0];
         for (size_t index = 1; index < count && isfinite(*sum); index++) {
@@ -359,7 +394,9 @@ static void in_segments(Sweep *sweep, int threads)
                 const ptrdiff_t row = sweep->series / sweep->inner, column = sweep->series % sweep->inner;
                 const ptrdiff_t begin = (ptrdiff_t)index * sweep->each;
                 const ptrdiff_t end = sweep->n - begin < sweep->each ? sweep->n : begin + sweep->each;
-                *sum = line(sweep, row, column, begin, end, sweep->base[sweep->series], *sum);
+                Stage stage = {NULL, 0, {0}};
+                *sum = line(sweep, row, column, begin, end, sweep->base[sweep->series], *sum, &stage);
+                leave(&stage);
             }
         }
         sweep->unfinished += !isfinite(*sum);
@@ -378,7 +415,8 @@ static void run(Sweep *sweep, int threads)
         const ptrdiff_t wanted = (threads + sweep->outer - 1) / sweep->outer;
         const ptrdiff_t wide = ((sweep->inner + wanted - 1) / wanted + 15) / 16 * 16; /* whole cache lines */
         sweep->way = STRIPS;
-        sweep->each = wide < STRIP ? wide : STRIP;
+        const ptrdiff_t most = sweep->inner <= 4 * NARROW ? NARROW : STRIP;
+        sweep->each = wide < most ? wide : most;
         share(sweep_part, sweep, (size_t)((sweep->inner + sweep->each - 1) / sweep->each * sweep->outer), threads);
     } else if (count < threads) {
         in_segments(sweep, threads);

@@ -27,10 +27,10 @@ typedef struct {
         Dtype dtype);
     /* The same without writing anything. */
     double (*reach)(const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype);
-    /* So many steps, `to_step` and `from_step` bytes apart, of n columns; what lies `ahead` bytes on is read soon. `pre`
-       may be NULL. float32 or float64. */
+    /* So many steps, `to_step` and `from_step` bytes apart, of n columns; those `soon` steps on are fetched. `pre` may be
+       NULL. float32 or float64. */
     void (*columns)(
-        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps, int n,
+        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps, int n,
         double *sums, const double *base, const double *pre, const double *post, const Fading *fading, Dtype dtype);
     /* The smallest and the largest so far, of n columns; begins with the first where `begins`. */
     void (*extremes)(double *low, double *high, const char *from, int n, int begins, Dtype dtype);

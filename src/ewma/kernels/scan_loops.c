@@ -117,7 +117,7 @@ INLINE void shares(double *restrict to, int n, double weight, double left, const
 
 /* Some vectors of columns. */
 INLINE void group(
-    char *restrict to, const char *restrict from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps,
+    char *restrict to, const char *restrict from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps,
     double *restrict sums, const double *restrict base, const double *pre, const double *post, const Fading *fading,
     const Dtype dtype, const int vectors)
 {
@@ -128,7 +128,8 @@ INLINE void group(
         sum[k] = load(sums + k * LANES, FLOAT64), low[k] = load(base + k * LANES, FLOAT64);
     for (int t = 0; t < steps; t++, to += to_step, from += from_step) {
         const double before = pre ? pre[t] : 1.0, after = post[t];
-        fetch(from + ahead, vectors * size);
+        fetch(from + soon * from_step, vectors * size);
+        fetch(to + soon * to_step, vectors * size);
         for (int k = 0; k < vectors; k++) {
             const Doubles u = before * (load(from + k * size, dtype) - low[k]);
             sum[k] = whole * sum[k] + (u - lost * sum[k]);
@@ -141,14 +142,14 @@ INLINE void group(
 }
 
 INLINE void columns(
-    char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps, int n, double *sums,
+    char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps, int n, double *sums,
     const double *base, const double *pre, const double *post, const Fading *fading, const Dtype dtype)
 {
     const int size = (int)size_of(dtype);
     int i = 0;
 #define GROUPS(vectors)                                                                                            \
     for (; n - i >= vectors * LANES; i += vectors * LANES)                                                         \
-        group(to + i * size, from + i * size, to_step, from_step, ahead, steps, sums + i, base + i, pre, post, fading, \
+        group(to + i * size, from + i * size, to_step, from_step, soon, steps, sums + i, base + i, pre, post, fading, \
               dtype, vectors);
     GROUPS(8)
     GROUPS(4)
@@ -216,8 +217,8 @@ INLINE void extremes(double *restrict low, double *restrict high, const char *fr
     INDEPENDENT
     for (int i = 0; i < n; i++) {
         const double x = read_double(from, i, dtype);
-        low[i] = begins || x < low[i] || x != x ? x : low[i];
-        high[i] = begins || x > high[i] || x != x ? x : high[i];
+        low[i] = begins || x < low[i] ? x : low[i];
+        high[i] = begins || x > high[i] ? x : high[i];
     }
 }
 
@@ -297,13 +298,13 @@ INLINE void copy_line_baseline(char *to, const char *from)
                                 : reach(from, n, base, sum, fading, FLOAT64);                                      \
     }                                                                                                              \
     TARGET static void columns_##version(                                                                          \
-        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, ptrdiff_t ahead, int steps, int n,     \
+        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps, int n,     \
         double *sums, const double *base, const double *pre, const double *post, const Fading *fading, Dtype dtype) \
     {                                                                                                              \
         if (dtype == FLOAT32)                                                                                      \
-            columns(to, from, to_step, from_step, ahead, steps, n, sums, base, pre, post, fading, FLOAT32);        \
+            columns(to, from, to_step, from_step, soon, steps, n, sums, base, pre, post, fading, FLOAT32);        \
         else                                                                                                       \
-            columns(to, from, to_step, from_step, ahead, steps, n, sums, base, pre, post, fading, FLOAT64);        \
+            columns(to, from, to_step, from_step, soon, steps, n, sums, base, pre, post, fading, FLOAT64);        \
     }                                                                                                              \
     TARGET static void shares_##version(                                                                           \
         double *to, int n, double weight, double left, const double *ramp, double keep)                            \
