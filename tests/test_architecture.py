@@ -27,7 +27,8 @@ FLOORS = [
         "residues": set(),
     },
     {
-        "moments": set(),
+        "moments": {"passes"},
+        "passes": set(),
         "rules": set(),
         "hooks": set(),
         "ranks": set(),

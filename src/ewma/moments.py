@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
-from ewma import columns, kernels
+from ewma import columns, kernels, passes
 from ewma.arrays import Array, before, empty, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
 from ewma.profiles import Exponential
 from ewma.residues import hides, left_out
@@ -127,6 +127,7 @@ class Moments:
     seen: Any = 0.0
     residue: Any = 0.0
     begun: bool = False
+    gaps: bool = field(default=False, compare=False)
     rooms: dict[Any, Array] | None = field(default=None, compare=False)
     """Memory that is used again for every chunk, where what a chunk gave is used up before the next: fresh memory costs
     more than the arithmetic. None where every chunk gets its own."""
@@ -146,7 +147,13 @@ class Moments:
         alike = terms.constant and isinstance(self.weight, float) and all(map(may_ask, xs))
         # Not debiased, the first value weighs more than its step says: autograd has to see that.
         begun = alike and (self.rule.debias or self.weight == 1.0 or not self._learns(xs))
+        passes_serve = all(map(may_ask, xs)) and not self._learns(xs)
+        if passes_serve and self.gaps:  # where some were missing, others will be
+            begun = begun and _all_finite(xs)
         chunk = self._alike(xs, terms) if begun else None
+        if chunk is None and passes_serve:
+            self.gaps = not _all_finite(xs)
+            chunk = self._in_passes(xs, terms, elapsed)
         if chunk is None:
             chunk = self._any(xs, terms, elapsed)
         self.time += xs[0].shape[1] if elapsed is None else float(elapsed.sum())
@@ -292,6 +299,11 @@ class Moments:
         plus: Operation = operator.iadd if in_place else operator.add
         held = self._held(terms)
         starts = self.means if self.weight else tuple(wide(x[:, :1]) for x in xs)
+        if in_place and self.wanted:
+            averages = self._averages(xs, starts, weights)
+            if averages is not None:
+                means, spreads, missed = averages
+                return None if missed else self._keep(means, spreads, weights, *self._counted(xs[0]))
         bases = tuple(map(_base, xs))
         if in_place and not self.wanted:
             rooms = tuple(module_of(x).empty_like(x, dtype=module_of(x).float64) for x in xs)
@@ -300,12 +312,11 @@ class Moments:
             if any(finite is False for finite in done):
                 return None
             if None not in done:
-                self.seen = self.seen + float(n)
-                return self._keep(rooms, {}, weights, self.count + like(xs[0], columns.steps(n)))
+                return self._keep(rooms, {}, weights, *self._counted(xs[0]))
         rises, spreads = [], {}
         for number, (x, base, start) in enumerate(zip(xs, bases, starts, strict=True)):
             offset = self._less(x, base, in_place)
-            room = self._room(number, x) if in_place else None
+            room = self._room(number, x, tuple(x.shape)) if in_place else None
             rises.append(times(scan(offset, terms.lost, held * (start - base), out=room), weights.share))
         offsets = [x - base for x, base in zip(xs, bases, strict=True)] if self.wanted else rises
         before_each = [start - base for start, base in zip(starts, bases, strict=True)]
@@ -317,23 +328,54 @@ class Moments:
         if not all(math.isfinite(_fixed(x).sum()) for x in (*rises, *spreads.values())):
             return None
         means = tuple(plus(r, base) if _some(base) else r for base, r in zip(bases, rises, strict=True))
-        self.seen = self.seen + float(n)
-        return self._keep(means, spreads, weights, self.count + like(xs[0], columns.steps(n)))
+        return self._keep(means, spreads, weights, *self._counted(xs[0]))
 
-    def _room(self, key: Any, x: Array) -> Array | None:
-        """Memory for a float64 array of x's shape, where it is used again."""
-        if self.rooms is None:
+    def _counted(self, x: Array) -> tuple[Array, Any]:
+        """The count after each step, and what has passed after all, where every value is observed."""
+        n = x.shape[1]
+        return self.count + like(x, columns.steps(n)), self.seen + float(n)
+
+    def _in_passes(self, xs: tuple[Array, ...], terms: Terms, elapsed: Any) -> Chunk | None:
+        """Any steps, any missing values, in two compiled passes; None where these cannot be, or a sum overflows."""
+        lent = passes.lend(xs)
+        if lent is None:
             return None
-        room = self.rooms.get(key)
-        if room is None or room.shape != x.shape:
-            self.rooms[key] = room = full(x, tuple(x.shape), 0.0)
+        whole = tuple(xs[0].shape)
+        before = tuple(getattr(self, name) for name in self.NUMBERS)
+        sizes = [term.shape for term in (*terms, *before) if hasattr(term, "shape")]
+        common = not self.gaps and all(size[0] == size[2] == 1 for size in sizes)
+        values, shape = ((), (1, whole[1], 1)) if common else (lent, whole)
+        weighed = passes.weigh(self.rule, terms, values, shape, elapsed, before, self._space(xs[0]))
+        if weighed is None:
+            return None
+        weights, pairs, count, seen = weighed
+        averages = self._averages(xs, self.means or (0.0,) * len(xs), weights)
+        return None if averages is None else self._keep(*averages[:2], weights, count, _last(seen), pairs)
+
+    def _averages(
+        self, xs: tuple[Array, ...], starts: tuple[Any, ...], weights: Weights
+    ) -> tuple[tuple[Array, ...], dict[Pair, Array], bool] | None:
+        before_each = [self.spreads.get(pair, 0.0) for pair in self.wanted]
+        made = passes.average(xs, starts, self.wanted, before_each, weights, self._space(xs[0]))
+        return None if made is None else (tuple(made[0]), dict(zip(self.wanted, made[1], strict=True)), made[2])
+
+    def _room(self, key: Any, x: Array, shape: tuple[int, ...]) -> Array:
+        """Memory for a float64 array of x's kind."""
+        if self.rooms is None:
+            return module_of(x).empty_like(x, dtype=module_of(x).float64) if shape == x.shape else full(x, shape, 0.0)
+        room = self.rooms.get((key, shape))
+        if room is None:
+            self.rooms[key, shape] = room = full(x, shape, 0.0)
         return room
+
+    def _space(self, x: Array) -> passes.Room:
+        return lambda key, shape: self._room(key, x, shape)
 
     def _less(self, x: Array, base: Array, in_place: bool) -> Array:
         """x - base."""
-        room = self._room("offset", x) if in_place else None
-        if room is None:
+        if not in_place:
             return x - base
+        room = self._room("offset", x, tuple(x.shape))
         if _some(base):
             return module_of(x).subtract(x, base, out=room)
         room[...] = x
@@ -371,8 +413,7 @@ class Moments:
             count = module.where((~finite).cumsum(1) > 0, math.nan, count + 0.0 * means[0])
         counted = observed if self.rule.missing != "decay" else 0.0 * observed + 1.0
         passed = counted if elapsed is None else counted * like(observed, elapsed[None, :, None])
-        self.seen = self.seen + _last(passed.cumsum(1))
-        return self._keep(means, spreads, weights, count)
+        return self._keep(means, spreads, weights, count, self.seen + _last(passed.cumsum(1)))
 
     def _distances(
         self, offsets: list[Array], rises: list[Array], starts: list[Array], share: float | Array, exact: bool
@@ -410,14 +451,28 @@ class Moments:
         means = tuple(mean / scale for mean in chunk.means)
         return chunk._replace(means=means, spreads={pair: x / scale / scale for pair, x in chunk.spreads.items()})
 
-    def _keep(self, means: tuple[Array, ...], spreads: dict[Pair, Array], weights: Weights, count: Array) -> Chunk:
-        pairs = count  # whatever, where none are wanted
-        if self.wanted:
-            pairs = scan(weights.pairs_gain, weights.pairs_lost, self.pairs, weights.pairs_kept)
+    def _keep(
+        self,
+        means: tuple[Array, ...],
+        spreads: dict[Pair, Array],
+        weights: Weights,
+        count: Array,
+        seen: Any,
+        pairs: Array | None = None,
+    ) -> Chunk:
+        if pairs is None:
+            pairs = count  # whatever, where none are wanted
+            if self.wanted:
+                pairs = scan(weights.pairs_gain, weights.pairs_lost, self.pairs, weights.pairs_kept)
         self.means = tuple(map(_end, means))
         self.spreads = {pair: _end(spread) for pair, spread in spreads.items()}
         self.weight, self.residue, self.pairs, self.count = map(_last, (weights.weight, weights.residue, pairs, count))
+        self.seen = seen
         return Chunk(means, spreads, weights.total, pairs, count)
+
+
+def _all_finite(xs: tuple[Array, ...]) -> bool:
+    return all(bool(module_of(x).isfinite(x).all()) for x in xs)
 
 
 def _end(x: Array) -> Array:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy
 
+from ewma import kernels
 from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
 from ewma.columns import Vector
 from ewma.moments import Chunk, Moments
@@ -24,7 +25,8 @@ from ewma.values import Series
 from ewma.weighting import Rule
 
 PIECE = 1 << 18
-"""How many elements are in work at a time."""
+COMPILED = 1 << 16
+"""How many elements are in work at a time, by whole-array operations and by the compiled kernel."""
 SHORTEST = 64
 MOST = 1 << 16
 LARGE = 1 << 20
@@ -109,7 +111,8 @@ def follow(
 ) -> None:
     """Move the moments on through arrays of shape (outer, n, inner), and write what `statistic` makes of them."""
     outer, n, inner = arrays[0].shape
-    step = max(PIECE // max(outer * inner, 1), SHORTEST)
+    size = COMPILED if kernels.compiled() else PIECE
+    step = max(size // max(outer * inner, 1), SHORTEST)
     moments.rooms = {}
     for begin in range(0, n, step):
         piece = [array[:, begin : begin + step] for array in arrays]

@@ -33,6 +33,39 @@ def scan(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: An
 def scan_elements(u: Any, lost: Any, kept: Any, out: Any, sums: Any, threads: int) -> None:
     """See `ewma.kernels.compiled_scan.scan`; of float64 NumPy arrays (outer, n, inner), kept may be None."""
 
+def weigh(
+    xs: tuple[Any, ...],
+    terms: tuple[Any, ...],
+    results: tuple[Any, ...],
+    state: Any,
+    debias: bool,
+    decays: bool,
+    propagates: bool,
+    timed: bool,
+) -> None:
+    """What each step weighs, by the rules of `ewma.weighting`; arrays of one shape (outer, n, inner).
+
+    `terms` are float64: keep, lost, gain, and what elapsed. `results` are float64, written: share, kept, weight, pairs
+    and count. `state` is a float64 vector, read and left as after the last step: for each series its weight; then what
+    gaps have taken of a weight of 1; then the weight of pairs, the count, and what has passed.
+    """
+
+def average(
+    xs: tuple[Any, ...],
+    shares: tuple[Any, Any],
+    means: tuple[Any, ...],
+    spreads: tuple[Any, ...],
+    pairs: bytes,
+    state: Any,
+    exact: bool,
+) -> tuple[bool, bool, float]:
+    """The means of one or two series, and spreads of pairs of them, by float64 `shares`: what steps weigh; the rest.
+
+    `state` is a float64 vector, read and left as after the last step: for each series its bases, its means relative to
+    them, what is too small for these, and 0; then the spreads. Gives whether all stayed finite, whether a value was
+    not, and of which part of the values a mean hides most of the digits; `exact` keeps them.
+    """
+
 def instruction_sets() -> list[str]:
     """What this processor can run, the best first: that one is used."""
 

@@ -55,6 +55,9 @@ def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any
     return _native.scan(x, out, base, sums, lost, pre, post, most)
 
 
+weigh, average = _native.weigh, _native.average
+
+
 def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array | None) -> bool:
     """`ewma.kernels.scan`; False, with nothing done, where one of the arrays is not for this kernel."""
     factors = [part for part in (lost, kept) if part is not None and not isinstance(part, float)]

@@ -474,6 +474,8 @@ static PyMethodDef METHODS[] = {
     {"mean", py_mean, METH_VARARGS, NULL},
     {"scan", py_scan, METH_VARARGS, NULL},
     {"scan_elements", py_scan_elements, METH_VARARGS, NULL},
+    {"weigh", py_weigh, METH_VARARGS, NULL},
+    {"average", py_average, METH_VARARGS, NULL},
     {"places", py_places, METH_VARARGS, NULL},
     {"moved", py_moved, METH_VARARGS, NULL},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, NULL},

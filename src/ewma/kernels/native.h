@@ -123,6 +123,8 @@ void prepare_threads(void);
 PyObject *py_mean(PyObject *module, PyObject *arguments); /* in scan.c */
 PyObject *py_scan(PyObject *module, PyObject *arguments);
 PyObject *py_scan_elements(PyObject *module, PyObject *arguments);
+PyObject *py_weigh(PyObject *module, PyObject *arguments); /* in moments.c */
+PyObject *py_average(PyObject *module, PyObject *arguments);
 PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
 PyObject *py_moved(PyObject *module, PyObject *arguments);
 

@@ -19,12 +19,6 @@
    waking; how many bits of the past count to who reads it up again. */
 enum { STRIP = 4096, NARROW = 64, TABLE = 1 << 16, FEW = 16, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
 
-typedef struct {
-    char *data;
-    Dtype dtype;
-    ptrdiff_t step[3]; /* in elements, along (outer, n, inner) */
-} Plane;
-
 /* What each sum is multiplied by. Of a debiased mean that is 1 / weight, from step to step:
 
        weight[t] = (1 - kept ** t) / lost + kept ** t * held
@@ -55,12 +49,6 @@ typedef struct {
     double *begins, *ends;  /* S before and after each segment */
     size_t unfinished;      /* how many series did not stay finite */
 } Sweep;
-
-INLINE char *element(const Plane *plane, ptrdiff_t row, ptrdiff_t time, ptrdiff_t column)
-{
-    const ptrdiff_t place = row * plane->step[0] + time * plane->step[1] + column * plane->step[2];
-    return plane->data + place * (ptrdiff_t)size_of(plane->dtype);
-}
 
 INLINE int direct(const Plane *one, const Plane *other) { return one->dtype == other->dtype && one->dtype <= FLOAT64; }
 
@@ -482,17 +470,16 @@ static void elements_part(void *work, size_t index)
 
 /* What Python sees; _native.pyi says what it is for. */
 
-static int fail(const char *what) { PyErr_SetString(PyExc_ValueError, what); return -1; }
+int fail(const char *what) { PyErr_SetString(PyExc_ValueError, what); return -1; }
 
-static int read_plane(Plane *plane, const Py_buffer *view, const Sweep *sweep)
+int read_plane(Plane *plane, const Py_buffer *view, ptrdiff_t outer, ptrdiff_t n, ptrdiff_t inner)
 {
     const char *format = view->format ? view->format : "B";
     if (format[0] == '\0' || format[1] != '\0' || !strchr("fdhe", format[0]))
         return fail("scan: expected native float32, float64, float16, or the bits of bfloat16 as int16");
     plane->dtype = format[0] == 'f' ? FLOAT32 : format[0] == 'd' ? FLOAT64 : format[0] == 'h' ? BFLOAT16 : FLOAT16;
     const ptrdiff_t size = (ptrdiff_t)size_of(plane->dtype);
-    if (view->ndim != 3 || view->shape[0] != sweep->outer || view->shape[1] != sweep->n
-        || view->shape[2] != sweep->inner)
+    if (view->ndim != 3 || view->shape[0] != outer || view->shape[1] != n || view->shape[2] != inner)
         return fail("scan: expected x and out of one shape, (outer, n, inner)");
     if ((uintptr_t)view->buf % (uintptr_t)size)
         return fail("scan: expected aligned memory");
@@ -544,7 +531,7 @@ static int read_factor(double *value, const double **vector, PyObject *object, P
     return 0;
 }
 
-static int read_state(double **state, PyObject *object, Py_buffer *view, ptrdiff_t count)
+int read_state(double **state, PyObject *object, Py_buffer *view, ptrdiff_t count)
 {
     if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE) < 0)
         return -1;
@@ -577,7 +564,7 @@ static int read_planes(Sweep *sweep, PyObject *x, PyObject *out, Py_buffer views
     sweep->outer = views[0].shape[0];
     sweep->n = views[0].shape[1];
     sweep->inner = views[0].shape[2];
-    if (read_plane(&sweep->x, &views[0], sweep) < 0 || read_plane(&sweep->out, &views[1], sweep) < 0)
+    if (read_plane(&sweep->x, &views[0], sweep->outer, sweep->n, sweep->inner) < 0 || read_plane(&sweep->out, &views[1], sweep->outer, sweep->n, sweep->inner) < 0)
         return -1;
     return sweep->outer && sweep->n && sweep->inner ? check_apart(&views[0], &views[1]) : 0;
 }
@@ -590,7 +577,7 @@ static int read_lost(Sweep *sweep, double lost)
     return 0;
 }
 
-static void release(Py_buffer *views, int count)
+void release(Py_buffer *views, int count)
 {
     for (int k = 0; k < count; k++)
         if (views[k].obj)
@@ -600,7 +587,6 @@ static void release(Py_buffer *views, int count)
 static int read_elements(Elements *elements, PyObject *const objects[5], Py_buffer views[5])
 {
     Plane *const planes[] = {&elements->u, &elements->lost, &elements->kept, &elements->out};
-    Sweep sizes;
     for (int k = 0; k < 4; k++) {
         if (k == 2 && objects[k] == Py_None)
             continue;
@@ -609,11 +595,11 @@ static int read_elements(Elements *elements, PyObject *const objects[5], Py_buff
         if (k == 0) {
             if (views[0].ndim != 3)
                 return fail("scan: expected arrays of one shape, (outer, n, inner)");
-            sizes.outer = elements->outer = views[0].shape[0];
-            sizes.n = elements->n = views[0].shape[1];
-            sizes.inner = elements->inner = views[0].shape[2];
+            elements->outer = views[0].shape[0];
+            elements->n = views[0].shape[1];
+            elements->inner = views[0].shape[2];
         }
-        if (read_plane(planes[k], &views[k], &sizes) < 0)
+        if (read_plane(planes[k], &views[k], elements->outer, elements->n, elements->inner) < 0)
             return -1;
         if (planes[k]->dtype != FLOAT64)
             return fail("scan: expected float64");

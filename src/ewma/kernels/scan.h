@@ -8,6 +8,24 @@
 /* Steps of a block (not a power of two: what lies 4096 bytes apart is in the processor's way) and of a window. */
 enum { BLOCK = 1008, WINDOW = 16 };
 
+typedef struct {
+    char *data;
+    Dtype dtype;
+    ptrdiff_t step[3]; /* in elements, along (outer, n, inner) */
+} Plane;
+
+INLINE char *element(const Plane *plane, ptrdiff_t row, ptrdiff_t time, ptrdiff_t column)
+{
+    const ptrdiff_t place = row * plane->step[0] + time * plane->step[1] + column * plane->step[2];
+    return plane->data + place * (ptrdiff_t)size_of(plane->dtype);
+}
+
+/* Of what Python gives; each -1 with an error set where it is not as expected. */
+int fail(const char *what);
+int read_plane(Plane *plane, const Py_buffer *view, ptrdiff_t outer, ptrdiff_t n, ptrdiff_t inner);
+int read_state(double **state, PyObject *object, Py_buffer *view, ptrdiff_t count);
+void release(Py_buffer *views, int count);
+
 /* How windows fade: `keep[k]` is what is left after k steps, and of a whole window `whole * S - lost * S`, of one step
    `whole1 * S - lost1 * S`: `whole` is 0 or 1, whichever is more precise. */
 typedef struct {
