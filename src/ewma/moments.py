@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -182,6 +182,20 @@ class Moments:
             start = numpy.ascontiguousarray(numpy.broadcast_to(start, (x.shape[0], 1, x.shape[2])))
         made: bool | None = kernel.mean(x, out, start, self._held(terms), terms.lost, self.rule.debias)
         return made
+
+    def spread(self, x: Array, outs: Sequence[Array], kind: int, k: float, unbiased: bool) -> bool:
+        """Write the running variances, deviations or bands of whole series, as `smooth` does the mean.
+
+        Args:
+            kind, k: see `ewma.kernels.compiled_scan.spread`.
+        """
+        kernel, terms = kernels.compiled(), self._equal_terms(x)
+        fresh = self.weight == 0.0 or not self.rule.debias
+        if kernel is None or terms is None or not (fresh and terms.keep > 0.0):
+            return False
+        start = kernel.lend(self.means[0]) if self.means else None
+        start = None if start is None else numpy.ascontiguousarray(start)
+        return bool(kernel.spread(x, outs, start, self._held(terms), terms, self.rule.debias, kind, k, unbiased))
 
     def smooth_remembering(self, x: Any) -> Any:
         """`smooth` as a new tensor that autograd can go back through to x; None where this cannot be."""

@@ -115,6 +115,8 @@ def average(
 
 def _base(x: Array) -> Any:
     """What each series is carried relative to: one of its values, where all are of one size; see `moments`."""
+    if x.shape[1] == 1:
+        return 0.0
     few = kernels.compiled().lend(wide(x[:, :: max(x.shape[1] // FEW, 1)]))
     finite = numpy.isfinite(few)
     low = numpy.where(finite, few, numpy.inf).min(1, keepdims=True)

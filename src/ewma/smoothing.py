@@ -7,11 +7,11 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from ewma import rules, stamps
-from ewma.arrays import Array, is_tensor
-from ewma.moments import Chunk, Moments, correlated, root, standardized_before
+from ewma.arrays import is_tensor
+from ewma.moments import Moments, correlated, standardized_before
 from ewma.profiles import Profile, bare_number
 from ewma.recurrence import Weigh
-from ewma.sweep import Statistic, both_sides, mean_of, starting, sweep
+from ewma.sweep import Spread, Statistic, both_sides, mean_of, starting, sweep
 from ewma.values import Series, unpack
 from ewma.weighting import Missing, check_min_periods
 
@@ -164,11 +164,11 @@ class ewm:
 
     def var(self, *, unbiased: bool = True) -> Any:
         """The running variance."""
-        return self._each(lambda chunk, prior, xs: (chunk.second(VARIANCE, unbiased),), VARIANCE)[0]
+        return self._each(Spread("variance", unbiased), VARIANCE)[0]
 
     def std(self, *, unbiased: bool = True) -> Any:
         """The running standard deviation, the variance's root."""
-        return self._each(lambda chunk, prior, xs: (root(chunk.second(VARIANCE, unbiased)),), VARIANCE)[0]
+        return self._each(Spread("deviation", unbiased), VARIANCE)[0]
 
     def cov(self, y: Any, *, unbiased: bool = True) -> Any:
         """The running covariance with y, of x's shape and kind. Where one of the two is missing, both are."""
@@ -194,12 +194,7 @@ class ewm:
 
     def bands(self, k: float = 2.0, *, unbiased: bool = True) -> Bands:
         """`(lower, mean, upper)`: the running mean, and k standard deviations to both sides of it."""
-
-        def bands(chunk: Chunk, prior: Moments, xs: Any) -> tuple[Array, ...]:
-            mean, width = chunk.means[0], k * root(chunk.second(VARIANCE, unbiased))
-            return mean - width, mean, mean + width
-
-        return Bands(*self._each(bands, VARIANCE, results=3))
+        return Bands(*self._each(Spread("bands", unbiased, k), VARIANCE, results=3))
 
     def _each(
         self, statistic: Statistic, *wanted: tuple[int, int], y: Any = None, out: Any = None, results: int = 1

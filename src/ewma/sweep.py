@@ -11,15 +11,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy
 
 from ewma import kernels
 from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
 from ewma.columns import Vector
-from ewma.moments import Chunk, Moments
+from ewma.moments import Chunk, Moments, root
 from ewma.rules import numbers
 from ewma.values import Series
 from ewma.weighting import Rule
@@ -30,8 +30,9 @@ COMPILED = 1 << 16
 SHORTEST = 64
 MOST = 1 << 16
 LARGE = 1 << 20
+COLUMNS = 8
 """How many steps a piece has at least, where there are more; how many series it has at most; and from how many elements
-on threads are worth their start."""
+on threads are worth their start; and how many series side by side are many."""
 
 Statistic: TypeAlias = Callable[[Chunk, Moments, tuple[Array, ...]], tuple[Array, ...]]
 """Of a chunk, of the moments before it and of its values: the arrays that are asked for."""
@@ -73,11 +74,10 @@ def sweep(
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in whole]
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
-    plain = statistic is mean_of and elapsed is None and made[0] is not first.array
-    if plain and moments.smooth(arrays[0], views[0]):
-        if needed > 1:
-            views[0][:, : needed - 1] = math.nan
-        return [_give(first, made[0], out)]
+    if elapsed is None and made[0] is not first.array and _at_once(moments, arrays[0], statistic, views):
+        for view in views if needed > 1 else ():
+            view[:, : needed - 1] = math.nan
+        return [_give(first, array, out) for array in made]
 
     def group(lanes: tuple[slice, slice]) -> None:
         rows, columns = lanes
@@ -94,6 +94,38 @@ def sweep(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(group, _lanes(outer, inner, threads)))
     return [_give(first, array, out) for array in made]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The statistic that is a running variance, a deviation, or the bands of k deviations around the mean."""
+
+    kind: Literal["variance", "deviation", "bands"]
+    unbiased: bool
+    k: float = 0.0
+
+    def __call__(self, chunk: Chunk, prior: Moments, xs: tuple[Array, ...]) -> tuple[Array, ...]:
+        variance = chunk.second((0, 0), self.unbiased)
+        if self.kind == "variance":
+            return (variance,)
+        deviation = root(variance)
+        if self.kind == "deviation":
+            return (deviation,)
+        mean, width = chunk.means[0], self.k * deviation
+        return mean - width, mean, mean + width
+
+
+KINDS = ("variance", "deviation", "bands")
+
+
+def _at_once(moments: Moments, x: Array, statistic: Statistic, outs: Sequence[Array]) -> bool:
+    """Write a mean or a spread of whole series in one compiled pass, where that can be."""
+    if statistic is mean_of:
+        return moments.smooth(x, outs[0])
+    beside = x.shape[2] >= COLUMNS  # steps that lie far apart are better taken for many series at a time
+    if not isinstance(statistic, Spread) or beside:
+        return False
+    return moments.spread(x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased)
 
 
 def mean_of(chunk: Chunk, prior: Moments, xs: tuple[Array, ...]) -> tuple[Array, ...]:

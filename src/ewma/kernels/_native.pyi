@@ -27,6 +27,21 @@ def lerp(
 def mean(x: Any, out: Any, start: Any, held: float, lost: float, debias: bool, threads: int) -> bool:
     """See `ewma.kernels.compiled_scan.mean`; of NumPy arrays (outer, n, inner), bfloat16 as int16."""
 
+def spread(
+    x: Any,
+    outs: tuple[Any, ...],
+    start: Any,
+    held: float,
+    lost: float,
+    keep: float,
+    debias: bool,
+    kind: int,
+    k: float,
+    unbiased: bool,
+    threads: int,
+) -> bool:
+    """See `ewma.kernels.compiled_scan.spread`; of NumPy arrays (outer, n, inner), bfloat16 as int16."""
+
 def scan(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, threads: int) -> bool:
     """See `ewma.kernels.compiled_scan.run`; of NumPy arrays (outer, n, inner), bfloat16 as int16, and vectors."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -39,6 +40,32 @@ def mean(x: Array, out: Array, start: Any, held: float, lost: float, debias: boo
     if lent is None or target is None:
         return None
     return _native.mean(lent, target, start, held, lost, debias, threads(x))
+
+
+def spread(
+    x: Array,
+    outs: Sequence[Array],
+    start: Any,
+    held: float,
+    terms: Any,
+    debias: bool,
+    kind: int,
+    k: float,
+    unbiased: bool,
+) -> bool | None:
+    """The running spread of every series, from its first step on; the arguments are those of `mean`, and:
+
+    Args:
+        outs: one array for the variances (kind 0) or deviations (1); or three for the bands (2), the mean less k
+            deviations, the mean, and the mean with them.
+        terms: what a step keeps and loses.
+
+    True where all stayed finite and no mean hides its values' digits; None as with `mean`.
+    """
+    lent, targets = lend(x), tuple(map(lend, outs))
+    if lent is None or any(target is None for target in targets):
+        return None
+    return _native.spread(lent, targets, start, held, terms.lost, terms.keep, debias, kind, k, unbiased, threads(x))
 
 
 def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, most: int) -> bool:

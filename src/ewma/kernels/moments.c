@@ -11,9 +11,6 @@
 
 enum { SERIES = 2, PAIRS = 3 };
 
-/* A value this many times its distance from the mean is hidden by the mean; see residues.py. */
-static const double HIDDEN = 1e3;
-
 /* One series of a plane, from step to step. */
 typedef struct {
     char *at;

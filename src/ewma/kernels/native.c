@@ -476,6 +476,7 @@ static PyMethodDef METHODS[] = {
     {"scan_elements", py_scan_elements, METH_VARARGS, NULL},
     {"weigh", py_weigh, METH_VARARGS, NULL},
     {"average", py_average, METH_VARARGS, NULL},
+    {"spread", py_spread, METH_VARARGS, NULL},
     {"places", py_places, METH_VARARGS, NULL},
     {"moved", py_moved, METH_VARARGS, NULL},
     {"instruction_sets", py_instruction_sets, METH_NOARGS, NULL},

@@ -125,6 +125,7 @@ PyObject *py_scan(PyObject *module, PyObject *arguments);
 PyObject *py_scan_elements(PyObject *module, PyObject *arguments);
 PyObject *py_weigh(PyObject *module, PyObject *arguments); /* in moments.c */
 PyObject *py_average(PyObject *module, PyObject *arguments);
+PyObject *py_spread(PyObject *module, PyObject *arguments); /* in spread.c */
 PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
 PyObject *py_moved(PyObject *module, PyObject *arguments);
 

@@ -19,42 +19,11 @@
    waking; how many bits of the past count to who reads it up again. */
 enum { STRIP = 4096, NARROW = 64, TABLE = 1 << 16, FEW = 16, AROUND = 1 << 24, LARGE = 1 << 20, BITS = 64 };
 
-/* What each sum is multiplied by. Of a debiased mean that is 1 / weight, from step to step:
-
-       weight[t] = (1 - kept ** t) / lost + kept ** t * held
-
-   The first `known` are in a table; `settled` is when it has become one number. */
-typedef struct {
-    double rate, lost, held, ramp[WINDOW + 1], keep;
-    const double *table;
-    ptrdiff_t known, settled;
-    double always[BLOCK];
-} Shares;
-
-typedef enum { LINES, STRIPS, SEGMENTS } Way;
-
-typedef struct {
-    Plane x, out;
-    ptrdiff_t outer, n, inner;
-    double *base, *sums; /* of each series */
-    const double *pre;   /* of each step; or NULL */
-    Shares post;
-    Fading fading;
-    int fresh;           /* bases and sums are to be found: each base from the values' size, each sum ... */
-    const double *start; /* ... from the mean before the first step, or NULL where that is the first value ... */
-    double held;         /* ... and what it weighs, in steps */
-    int around;          /* whether results go around the caches */
-    Way way;
-    ptrdiff_t each, series; /* how much a part takes: series, columns, steps; of which series, where these are steps */
-    double *begins, *ends;  /* S before and after each segment */
-    size_t unfinished;      /* how many series did not stay finite */
-} Sweep;
-
 INLINE int direct(const Plane *one, const Plane *other) { return one->dtype == other->dtype && one->dtype <= FLOAT64; }
 
 /* Shares. */
 
-static void prepare_shares(Shares *shares, double lost, double held, int debias)
+void prepare_shares(Shares *shares, double lost, double held, int debias)
 {
     const double rate = log1p(-lost);
     shares->rate = rate;
@@ -74,7 +43,7 @@ static void prepare_shares(Shares *shares, double lost, double held, int debias)
 }
 
 /* The shares of the n steps after t, in whole windows. */
-static void ramp(const Shares *shares, ptrdiff_t t, int n, double *to)
+void ramp(const Shares *shares, ptrdiff_t t, int n, double *to)
 {
     const double gone = (double)t * shares->rate, left = exp(gone);
     const double ramped = shares->lost == 0.0 ? (double)t : -expm1(gone) / shares->lost;
@@ -83,7 +52,7 @@ static void ramp(const Shares *shares, ptrdiff_t t, int n, double *to)
 }
 
 /* The shares of the n steps after t, at most a block of them; in `room`, where they are not there yet. */
-static const double *shares_of(const Shares *shares, ptrdiff_t t, int n, double *room)
+const double *shares_of(const Shares *shares, ptrdiff_t t, int n, double *room)
 {
     if (t >= shares->settled)
         return shares->always;
@@ -115,7 +84,7 @@ INLINE double sum_from(const Sweep *sweep, ptrdiff_t series, double first, doubl
 
 static ptrdiff_t apart(const Sweep *sweep) { return (sweep->n + FEW - 1) / FEW; }
 
-static void begin_line(Sweep *sweep, ptrdiff_t row, ptrdiff_t column)
+void begin_line(Sweep *sweep, ptrdiff_t row, ptrdiff_t column)
 {
     const ptrdiff_t series = row * sweep->inner + column, step = sweep->x.step[1] * apart(sweep);
     const Dtype dtype = sweep->x.dtype;
@@ -503,7 +472,7 @@ static void extent(const Py_buffer *view, uintptr_t *begin, uintptr_t *end)
     }
 }
 
-static int check_apart(const Py_buffer *x, const Py_buffer *out)
+int check_apart(const Py_buffer *x, const Py_buffer *out)
 {
     uintptr_t x_begin, x_end, out_begin, out_end;
     extent(x, &x_begin, &x_end);
@@ -512,7 +481,7 @@ static int check_apart(const Py_buffer *x, const Py_buffer *out)
 }
 
 /* One float64 for each of `count`; `view` is to be released where it has an object. */
-static int read_vector(const double **vector, PyObject *object, Py_buffer *view, ptrdiff_t count, const char *said)
+int read_vector(const double **vector, PyObject *object, Py_buffer *view, ptrdiff_t count, const char *said)
 {
     if (PyObject_GetBuffer(object, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) < 0)
         return -1;
@@ -569,7 +538,7 @@ static int read_planes(Sweep *sweep, PyObject *x, PyObject *out, Py_buffer views
     return sweep->outer && sweep->n && sweep->inner ? check_apart(&views[0], &views[1]) : 0;
 }
 
-static int read_lost(Sweep *sweep, double lost)
+int read_lost(Sweep *sweep, double lost)
 {
     if (!(lost >= 0.0 && lost <= 1.0))
         return fail("scan: expected lost from 0 to 1");

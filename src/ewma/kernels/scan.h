@@ -32,6 +32,54 @@ typedef struct {
     double keep[WINDOW + 1], whole, lost, whole1, lost1;
 } Fading;
 
+/* What each sum is multiplied by. Of a debiased mean that is 1 / weight, from step to step:
+
+       weight[t] = (1 - kept ** t) / lost + kept ** t * held
+
+   The first `known` are in a table; `settled` is when it has become one number. */
+typedef struct {
+    double rate, lost, held, ramp[WINDOW + 1], keep;
+    const double *table;
+    ptrdiff_t known, settled;
+    double always[BLOCK];
+} Shares;
+
+typedef enum { LINES, STRIPS, SEGMENTS } Way;
+
+typedef struct {
+    Plane x, out;
+    ptrdiff_t outer, n, inner;
+    double *base, *sums; /* of each series */
+    const double *pre;   /* of each step; or NULL */
+    Shares post;
+    Fading fading;
+    int fresh;           /* bases and sums are to be found: each base from the values' size, each sum ... */
+    const double *start; /* ... from the mean before the first step, or NULL where that is the first value ... */
+    double held;         /* ... and what it weighs, in steps */
+    int around;          /* whether results go around the caches */
+    Way way;
+    ptrdiff_t each, series; /* how much a part takes: series, columns, steps; of which series, where these are steps */
+    double *begins, *ends;  /* S before and after each segment */
+    size_t unfinished;      /* how many series did not stay finite */
+} Sweep;
+
+/* In scan.c. */
+void prepare_shares(Shares *shares, double lost, double held, int debias);
+void ramp(const Shares *shares, ptrdiff_t t, int n, double *to);
+const double *shares_of(const Shares *shares, ptrdiff_t t, int n, double *room);
+void begin_line(Sweep *sweep, ptrdiff_t row, ptrdiff_t column);
+int check_apart(const Py_buffer *x, const Py_buffer *out);
+int read_vector(const double **vector, PyObject *object, Py_buffer *view, ptrdiff_t count, const char *said);
+int read_lost(Sweep *sweep, double lost);
+
+/* A running mean relative to a base, and its spread: sums as they fade, the mean itself; and how many values so far were
+   that many times nearer to the mean than it is large, which hides them. */
+typedef struct {
+    double sum, rise, spread, hidden;
+} Spread;
+
+static const double HIDDEN = 1e3; /* as in residues.py */
+
 /* Of each instruction set. Places are of elements whose neighbours lie side by side. */
 typedef struct {
     /* Converts n elements to u = x - base, `step` elements apart; and y to base + post * y, or y where
@@ -43,7 +91,12 @@ typedef struct {
     double (*line)(
         char *to, const char *from, int n, double base, double sum, const double *post, const Fading *fading,
         Dtype dtype);
-    /* The same without writing anything. */
+    /* The mean after each step of a line, and the spread before it is divided by the weight; whole windows. */
+    void (*spread)(
+        double *rises, double *spreads, const double *u, int n, const double *post, const Fading *fading, Spread *state);
+    /* Variances, or their roots. */
+    void (*spread_results)(double *to, const double *spreads, int n, const double *factor, int root);
+    /* A line without writing anything. */
     double (*reach)(const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype);
     /* So many steps, `to_step` and `from_step` bytes apart, of n columns; those `soon` steps on are fetched. `pre` may be
        NULL. float32 or float64. */

@@ -20,10 +20,11 @@ enum { LANES = 8, AHEAD = 2048 };
 typedef double Doubles __attribute__((vector_size(LANES * sizeof(double))));
 typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
 
+typedef int64_t Places __attribute__((vector_size(LANES * sizeof(int64_t))));
+
 #if defined(__clang__)
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
-typedef int64_t Places __attribute__((vector_size(LANES * sizeof(int64_t))));
 #define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (Places){__VA_ARGS__})
 #endif
 
@@ -60,31 +61,92 @@ INLINE void fetch(const char *from, int size)
 #endif
 }
 
+/* Sums over windows of 1, 2, 4 and 8 steps, the last eight of each; and every 16th sum of all. */
+typedef struct {
+    Doubles one, two, four, eight, even, odd;
+} Windows;
+
+/* After `sum`, which stands for all that came before, one step before the first. */
+INLINE void begin(Windows *w, double sum)
+{
+    const Doubles last = {0, 0, 0, 0, 0, 0, 0, sum}, none = {0};
+    w->one = w->two = w->four = w->eight = w->odd = last;
+    w->even = none;
+}
+
+/* The next sixteen. */
+INLINE void slide(Windows *w, const Doubles *first, const Doubles *second, const Fading *fading)
+{
+    const double *keep = fading->keep, k1 = keep[1], k2 = keep[2], k4 = keep[4], k8 = keep[8];
+    const double whole = fading->whole, lost = fading->lost;
+    const Doubles a = *first, b = *second;
+    const Doubles a2 = a + k1 * BACK_1(w->one, a), b2 = b + k1 * BACK_1(a, b);
+    const Doubles a4 = a2 + k2 * BACK_2(w->two, a2), b4 = b2 + k2 * BACK_2(a2, b2);
+    const Doubles a8 = a4 + k4 * BACK_4(w->four, a4), b8 = b4 + k4 * BACK_4(a4, b4);
+    w->even = whole * w->even + ((a8 + k8 * w->eight) - lost * w->even);
+    w->odd = whole * w->odd + ((b8 + k8 * a8) - lost * w->odd);
+    w->one = b, w->two = b2, w->four = b4, w->eight = b8;
+}
+
 INLINE double line(
     char *restrict to, const char *restrict from, int n, double base, double sum, const double *restrict post,
     const Fading *fading, const Dtype dtype)
 {
-    const double *keep = fading->keep, k1 = keep[1], k2 = keep[2], k4 = keep[4], k8 = keep[8];
-    const double whole = fading->whole, lost = fading->lost;
     const int size = (int)size_of(dtype);
-    /* The sum stands for all that came before, one step before the first. */
-    Doubles one = {0, 0, 0, 0, 0, 0, 0, sum}, two = one, four = one, eight = one;
-    Doubles even = {0}, odd = one;
+    const Fading near = *fading;
+    Windows w;
+    begin(&w, sum);
     for (int i = 0; i < n; i += WINDOW) {
         fetch(from + i * size + AHEAD, WINDOW * size);
         const Doubles a = load(from + i * size, dtype) - base, b = load(from + (i + LANES) * size, dtype) - base;
-        const Doubles a2 = a + k1 * BACK_1(one, a), b2 = b + k1 * BACK_1(a, b);
-        const Doubles a4 = a2 + k2 * BACK_2(two, a2), b4 = b2 + k2 * BACK_2(a2, b2);
-        const Doubles a8 = a4 + k4 * BACK_4(four, a4), b8 = b4 + k4 * BACK_4(a4, b4);
-        even = whole * even + ((a8 + k8 * eight) - lost * even);
-        odd = whole * odd + ((b8 + k8 * a8) - lost * odd);
-        const Doubles first = post ? base + load(post + i, FLOAT64) * even : even;
-        const Doubles second = post ? base + load(post + i + LANES, FLOAT64) * odd : odd;
+        slide(&w, &a, &b, &near);
+        const Doubles first = post ? base + load(post + i, FLOAT64) * w.even : w.even;
+        const Doubles second = post ? base + load(post + i + LANES, FLOAT64) * w.odd : w.odd;
         store(to + i * size, &first, dtype);
         store(to + (i + LANES) * size, &second, dtype);
-        one = b, two = b2, four = b4, eight = b8;
     }
-    return odd[LANES - 1];
+    return w.odd[LANES - 1];
+}
+
+/* How far each value lies from the mean before it; counts those that the mean hides. */
+INLINE void compare(Doubles *distance, const Doubles *u, const Doubles *before, const Doubles *rise, Places *hidden)
+{
+    *distance = *u - BACK_1(*before, *rise);
+    *hidden -= HIDDEN * HIDDEN * *distance * *distance < *rise * *rise;
+}
+
+INLINE void spread_line(
+    double *restrict rises, double *restrict spreads, const double *restrict u, int n, const double *restrict post,
+    const Fading *fading, Spread *state)
+{
+    const Fading near = *fading;
+    Windows mean, spread;
+    Doubles rise = {0, 0, 0, 0, 0, 0, 0, state->rise};
+    Places hidden = {0};
+    begin(&mean, state->sum);
+    begin(&spread, state->spread);
+    for (int i = 0; i < n; i += WINDOW) {
+        const Doubles a = load(u + i, FLOAT64), b = load(u + i + LANES, FLOAT64);
+        const Doubles share = load(post + i, FLOAT64), other = load(post + i + LANES, FLOAT64);
+        slide(&mean, &a, &b, &near);
+        const Doubles first = share * mean.even, second = other * mean.odd;
+        Doubles c, d;
+        compare(&c, &a, &rise, &first, &hidden);
+        compare(&d, &b, &first, &second, &hidden);
+        rise = second;
+        c *= (1.0 - share) * c;
+        d *= (1.0 - other) * d;
+        slide(&spread, &c, &d, &near);
+        store(rises + i, &first, FLOAT64);
+        store(rises + i + LANES, &second, FLOAT64);
+        store(spreads + i, &spread.even, FLOAT64);
+        store(spreads + i + LANES, &spread.odd, FLOAT64);
+    }
+    for (int k = 0; k < LANES; k++)
+        state->hidden += (double)hidden[k];
+    state->rise = rise[LANES - 1];
+    state->sum = mean.odd[LANES - 1];
+    state->spread = spread.odd[LANES - 1];
 }
 
 INLINE double reach(
@@ -291,6 +353,18 @@ INLINE void copy_line_baseline(char *to, const char *from)
         return dtype == FLOAT32 ? line(to, from, n, base, sum, post, fading, FLOAT32)                              \
                                 : line(to, from, n, base, sum, post, fading, FLOAT64);                             \
     }                                                                                                              \
+    TARGET static void spread_##version(                                                                           \
+        double *rises, double *spreads, const double *u, int n, const double *post, const Fading *fading,          \
+        Spread *state)                                                                                             \
+    {                                                                                                              \
+        spread_line(rises, spreads, u, n, post, fading, state);                                                    \
+    }                                                                                                              \
+    TARGET static void spread_results_##version(double *to, const double *spreads, int n, const double *factor,    \
+                                                int root)                                                          \
+    {                                                                                                              \
+        for (int i = 0; i < n; i++)                                                                                \
+            to[i] = root ? sqrt(factor[i] * spreads[i]) : factor[i] * spreads[i];                                  \
+    }                                                                                                              \
     TARGET static double reach_##version(                                                                          \
         const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype)                 \
     {                                                                                                              \
@@ -327,7 +401,7 @@ COMPILE(avx512, TARGET_AVX512)
 #endif
 
 #define OF(version)                                                                                                \
-    {read_##version, write_##version, line_##version, reach_##version, columns_##version, extremes_##version,      \
+    {read_##version, write_##version, line_##version, spread_##version, spread_results_##version, reach_##version, columns_##version, extremes_##version,      \
      shares_##version, copy_##version}
 
 const Loops LOOPS[VERSION_COUNT] = {

@@ -1,0 +1,234 @@
+/* Running variances, deviations and bands around the mean, of whole series whose steps are alike and all observed.
+
+       d = x - mean before        Q[t] = Q[t-1] + (kept[t] * d * d - lost * Q[t-1])        variance[t] = factor[t] * Q[t]
+
+   The same windows as those of the mean (scan_loops.c). Biased, the factor is the share of the newest value; unbiased it
+   is W / D, of the weight W = 1 / share and the weight D of all pairs, in closed form:
+
+       debiased: (1 + k) / 2k / W[t - 1]        otherwise: (1 - k ** 2) / 2k / (1 - k ** 2m), m steps since the weight was 1 */
+
+#include "scan.h"
+
+#include <stdlib.h>
+
+enum { VARIANCE, DEVIATION, BANDS, OUTS = 3, MOST = 64 };
+
+typedef struct {
+    Sweep sweep;
+    Plane out[OUTS];
+    int kind, unbiased, late; /* late: the first step has no pair yet */
+    double k, scale;
+    Shares factor;
+    ptrdiff_t each, row, column;
+    Spread begins[MOST], ends[MOST];
+    size_t unfit; /* how many series did not stay finite, or were hidden by their mean */
+} Spreading;
+
+/* The factors of the n steps after t; room has one more. */
+static const double *factors(const Spreading *s, ptrdiff_t t, int n, double *room)
+{
+    const ptrdiff_t before = t - s->late;
+    const double *factor = before < 0 ? room + 1 : shares_of(&s->factor, before, n, room);
+    if (before < 0) {
+        ramp(&s->factor, 0, n, room + 1);
+        room[0] = NAN;
+        factor = room;
+    }
+    for (int i = 0; i < n; i++)
+        room[i] = s->scale * factor[i];
+    return room;
+}
+
+static void write_block(
+    const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t t, int n, double *rises, double *spreads,
+    const double *factor)
+{
+    const Loops *loops = &LOOPS[chosen];
+    const double base = s->sweep.base[row * s->sweep.inner + column];
+    double edge[BLOCK];
+    loops->spread_results(spreads, spreads, n, factor, s->kind != VARIANCE);
+    for (int k = 0; k < (s->kind == BANDS ? OUTS : 1); k++) {
+        const Plane *out = &s->out[k];
+        const double far = s->k * (k - 1);
+        for (int i = 0; i < n; i++) /* the mean is there before the spread is */
+            edge[i] = s->kind != BANDS ? spreads[i] : k == 1 ? rises[i] : rises[i] + far * spreads[i];
+        loops->write(element(out, row, t, column), edge, n, out->step[1], s->kind == BANDS ? base : 0.0, NULL, out->dtype);
+    }
+}
+
+static void steps(
+    const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, Spread *state, int writes)
+{
+    const Plane *x = &s->sweep.x;
+    double u[BLOCK], rises[BLOCK], spreads[BLOCK], shares[BLOCK], room[BLOCK + WINDOW + 1];
+    for (ptrdiff_t t = begin; t < end; t += BLOCK) {
+        const int n = end - t < BLOCK ? (int)(end - t) : BLOCK, padded = (n + WINDOW - 1) / WINDOW * WINDOW;
+        const double *post = shares_of(&s->sweep.post, t, n, shares);
+        LOOPS[chosen].read(u, element(x, row, t, column), n, x->step[1], s->sweep.base[row * s->sweep.inner + column],
+                           x->dtype);
+        for (int i = n; i < padded; i++)
+            u[i] = 0.0;
+        LOOPS[chosen].spread(rises, spreads, u, padded, post, &s->sweep.fading, state);
+        if (writes)
+            write_block(s, row, column, t, n, rises, spreads, s->unbiased ? factors(s, t, n, room) : post);
+    }
+}
+
+static Spread first_state(Spreading *s, ptrdiff_t row, ptrdiff_t column)
+{
+    begin_line(&s->sweep, row, column);
+    const double sum = s->sweep.sums[row * s->sweep.inner + column];
+    return (Spread){sum, s->sweep.held > 0.0 ? sum / s->sweep.held : 0.0, 0.0, 0.0};
+}
+
+static int unfit(const Spreading *s, const Spread *state)
+{
+    return !isfinite(state->sum) || !isfinite(state->spread) || state->hidden > 0.25 * (double)s->sweep.n;
+}
+
+static void some_lines(void *work, size_t index)
+{
+    Spreading *s = work;
+    const ptrdiff_t count = s->sweep.outer * s->sweep.inner, begin = (ptrdiff_t)index * s->each;
+    for (ptrdiff_t series = begin; series < count && series < begin + s->each; series++) {
+        const ptrdiff_t row = series / s->sweep.inner, column = series % s->sweep.inner;
+        Spread state = first_state(s, row, column);
+        steps(s, row, column, 0, s->sweep.n, &state, 1);
+        if (unfit(s, &state))
+            ADD(&s->unfit, 1);
+    }
+}
+
+/* A segment begins from as much of the past as still counts, twice over: for the mean, and from there for the spread. */
+static void one_segment(void *work, size_t index)
+{
+    Spreading *s = work;
+    const ptrdiff_t begin = (ptrdiff_t)index * s->each;
+    const ptrdiff_t end = s->sweep.n - begin < s->each ? s->sweep.n : begin + s->each;
+    Spread state = s->begins[0];
+    if (begin > 0) {
+        const double counts = ceil(128.0 * log(2.0) / -log1p(-s->sweep.post.lost) / BLOCK) * BLOCK;
+        const ptrdiff_t back = counts < (double)begin ? (ptrdiff_t)counts : begin;
+        if (back < begin)
+            state = (Spread){0.0, 0.0, 0.0, 0.0};
+        steps(s, s->row, s->column, begin - back, begin, &state, 0);
+        state.hidden = 0.0;
+        s->begins[index] = state;
+    }
+    steps(s, s->row, s->column, begin, end, &state, 1);
+    s->ends[index] = state;
+}
+
+static int same(double one, double other) { return fabs(one - other) <= fabs(other) * 0x1p-40; }
+
+static void in_segments(Spreading *s, int threads)
+{
+    const ptrdiff_t most = threads < MOST ? threads : MOST, blocks = (s->sweep.n + BLOCK - 1) / BLOCK;
+    s->each = (blocks + most - 1) / most * BLOCK;
+    const size_t count = (size_t)((s->sweep.n + s->each - 1) / s->each);
+    for (s->row = 0; s->row < s->sweep.outer; s->row++)
+        for (s->column = 0; s->column < s->sweep.inner; s->column++) {
+            double hidden = 0.0;
+            s->begins[0] = first_state(s, s->row, s->column);
+            share(one_segment, s, count, threads);
+            for (size_t index = 0; index < count; index++) {
+                const Spread *before = &s->ends[index - (index > 0)], *begun = &s->begins[index];
+                if (index > 0 && !(same(begun->sum, before->sum) && same(begun->spread, before->spread))
+                    && isfinite(before->sum)) {
+                    Spread state = *before;
+                    const ptrdiff_t begin = (ptrdiff_t)index * s->each;
+                    state.hidden = 0.0;
+                    steps(s, s->row, s->column, begin, s->sweep.n - begin < s->each ? s->sweep.n : begin + s->each,
+                          &state, 1);
+                    s->ends[index] = state;
+                }
+                hidden += s->ends[index].hidden;
+            }
+            s->ends[count - 1].hidden = hidden;
+            for (size_t index = 0; index < count; index++)
+                if (unfit(s, &s->ends[index])) {
+                    s->unfit++;
+                    break;
+                }
+        }
+}
+
+static int run(Spreading *s, int threads)
+{
+    const ptrdiff_t count = s->sweep.outer * s->sweep.inner;
+    double *state = malloc((size_t)(2 * count) * sizeof *state);
+    if (!state)
+        return -1;
+    s->sweep.base = state;
+    s->sweep.sums = state + count;
+    if (count < threads)
+        in_segments(s, threads);
+    else {
+        s->each = threads > 1 ? (count + 8 * threads - 1) / (8 * threads) : count;
+        share(some_lines, s, (size_t)((count + s->each - 1) / s->each), threads);
+    }
+    free(state);
+    return 0;
+}
+
+/* What Python sees. */
+
+enum { X, START, FIRST_OUT, VIEWS = FIRST_OUT + OUTS };
+
+static int read_arguments(Spreading *s, PyObject *x, PyObject *outs, PyObject *start, Py_buffer views[VIEWS])
+{
+    Sweep *sweep = &s->sweep;
+    const int count = s->kind == BANDS ? OUTS : 1;
+    if (s->kind < VARIANCE || s->kind > BANDS || PyTuple_Size(outs) != count)
+        return fail("spread: expected one array to write, or three for bands");
+    if (PyObject_GetBuffer(x, &views[X], PyBUF_STRIDES | PyBUF_FORMAT) < 0)
+        return -1;
+    if (views[X].ndim != 3)
+        return fail("spread: expected arrays of one shape, (outer, n, inner)");
+    sweep->outer = views[X].shape[0], sweep->n = views[X].shape[1], sweep->inner = views[X].shape[2];
+    if (read_plane(&sweep->x, &views[X], sweep->outer, sweep->n, sweep->inner) < 0)
+        return -1;
+    for (int k = 0; k < count; k++) {
+        Py_buffer *view = &views[FIRST_OUT + k];
+        if (PyObject_GetBuffer(PyTuple_GetItem(outs, k), view, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) < 0
+            || read_plane(&s->out[k], view, sweep->outer, sweep->n, sweep->inner) < 0
+            || (sweep->outer && sweep->n && sweep->inner && check_apart(&views[X], view) < 0))
+            return -1;
+    }
+    if (start == Py_None)
+        return 0;
+    return read_vector(&sweep->start, start, &views[START], sweep->outer * sweep->inner,
+                       "spread: expected the start as float64, one for each series");
+}
+
+PyObject *py_spread(PyObject *module, PyObject *arguments)
+{
+    PyObject *x, *outs, *start;
+    Py_buffer views[VIEWS];
+    double lost, keep;
+    int debias, threads, read = -1;
+    Spreading *s = PyMem_Calloc(1, sizeof *s);
+    memset(views, 0, sizeof views);
+    (void)module;
+    if (!s)
+        return PyErr_NoMemory();
+    if (PyArg_ParseTuple(arguments, "OO!Odddpidpi:spread", &x, &PyTuple_Type, &outs, &start, &s->sweep.held, &lost, &keep,
+                         &debias, &s->kind, &s->k, &s->unbiased, &threads)
+        && read_arguments(s, x, outs, start, views) == 0 && read_lost(&s->sweep, lost) == 0)
+        read = keep > 0.0 ? 0 : fail("spread: expected a step to keep something");
+    if (read == 0 && s->sweep.outer && s->sweep.n && s->sweep.inner) {
+        prepare_shares(&s->sweep.post, lost, s->sweep.held, debias);
+        prepare_shares(&s->factor, debias ? lost : lost * (2.0 - lost), 0.0, 1);
+        s->scale = (debias ? 1.0 + keep : 1.0) / (2.0 * keep);
+        s->late = debias || start == Py_None;
+        Py_BEGIN_ALLOW_THREADS
+        read = run(s, threads);
+        Py_END_ALLOW_THREADS
+        if (read < 0)
+            PyErr_NoMemory();
+    }
+    const int fit = s->unfit == 0;
+    release(views, VIEWS);
+    PyMem_Free(s);
+    return read < 0 ? NULL : PyBool_FromLong(fit);
+}
