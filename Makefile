@@ -38,8 +38,8 @@ sanitize: $(VENV)/.dev $(EWMA)
 		src/ewma/kernels/*.c -lm -o $(SANITIZED)/ewma/kernels/_native.abi3.so
 	LD_PRELOAD="$(foreach library,$(SANITIZERS),$(shell $(CC) -print-file-name=$(library)))" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/python -m pytest -k "native or compiled" tests/test_native.py tests/test_compiled_scan.py \
-		tests/test_choice.py tests/test_kernels.py
+		$(BIN)/python -m pytest -k "native or compiled or passes" tests/test_native.py tests/test_compiled_scan.py \
+		tests/test_passes.py tests/test_choice.py tests/test_kernels.py
 
 bench: $(VENV)/.dev $(EWMA)
 	$(BIN)/python -m benchmarks
