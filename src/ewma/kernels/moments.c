@@ -5,11 +5,13 @@
 
        d = x - mean        mean += share * d        spread += share * (kept * d * d - spread)        kept = 1 - share
 
-   A share above a half is taken from the other end, `mean = x - kept * d`, so that what is forgotten leaves nothing. */
+   A share near 1 is taken from the other end, `mean = x - kept * d`, so that what is forgotten leaves nothing. */
 
 #include "scan.h"
 
 enum { SERIES = 2, PAIRS = 3 };
+
+static const double NEAR = 0.9;
 
 /* One series of a plane, from step to step. */
 typedef struct {
@@ -156,13 +158,13 @@ INLINE double sum_of(double a, double b, double *left_out)
 INLINE double take(Mean *mean, double x, double share, double kept, const int exact)
 {
     const double u = x - mean->base, far = exact ? (u - mean->at) - mean->rest : u - mean->at;
-    const double d = share == 0.0 ? 0.0 : far, end = share > 0.5 ? u : mean->at;
-    const double change = share > 0.5 ? -kept * d : share * d;
+    const double d = share == 0.0 ? 0.0 : far, end = share > NEAR ? u : mean->at;
+    const double change = share > NEAR ? -kept * d : share * d;
     mean->missed |= !(u - u == 0.0);
     if (exact) {
         double left_out;
         mean->at = sum_of(end, change, &left_out);
-        mean->rest = share > 0.5 ? left_out : mean->rest + left_out;
+        mean->rest = share > NEAR ? left_out : mean->rest + left_out;
     } else
         mean->at = end + change;
     mean->hidden += HIDDEN * fabs(d) < fabs(mean->at);
@@ -191,7 +193,7 @@ INLINE void average_series(
         for (int k = 0; k < pairs; k++) {
             const double new = left * (pairs == 1 ? distance[0] * distance[series - 1]
                                                   : distance[a->first[k]] * distance[a->second[k]]);
-            spreads[k] = c > 0.5 ? left * spreads[k] + c * new : spreads[k] + c * (new - spreads[k]);
+            spreads[k] = c > NEAR ? left * spreads[k] + c * new : spreads[k] + c * (new - spreads[k]);
             put(&spread[k], spreads[k]);
         }
     }
