@@ -37,9 +37,14 @@ class Ranks:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "group": None}  # connections cannot be copied
 
+    @property
+    def together(self) -> bool:
+        """Whether there may be others to ask."""
+        return self.how != "alone" and dist.is_available() and dist.is_initialized()
+
     def groups(self, model: nn.Module) -> list[Any]:
         """The process groups over which ranks see other data; none where this process is alone."""
-        if self.how == "alone" or not (dist.is_available() and dist.is_initialized()):
+        if not self.together:
             return []
         return _larger_than_one([self.group] if self.group is not None else data_groups(model))
 

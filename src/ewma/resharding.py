@@ -50,7 +50,7 @@ def load(ema: ModelEMA, folder: str | os.PathLike[str], profile: WhichProfile, p
 
 
 def _everyone(ema: ModelEMA) -> list[Any]:
-    if ema.ranks.how == "alone" or not (dist.is_available() and dist.is_initialized()):
+    if not ema.ranks.together:
         return []
     group = ema.ranks.group or dist.group.WORLD
     return [group] if dist.get_world_size(group) > 1 else []

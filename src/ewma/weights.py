@@ -258,8 +258,7 @@ class ModelEMA(Readable):
         On several ranks a folder is loaded by all of them together. Everything is checked first, and what is wrong on
         one rank is an error on all; until then nothing has changed.
         """
-        several = self.ranks.how != "alone" and torch.distributed.is_initialized()
-        if os.path.isdir(path) or (several and not os.path.exists(path)):
+        if os.path.isdir(path) or (self.ranks.together and not os.path.exists(path)):
             self.refuse_if_swapped()
             resharding.load(self, path, profile, patience)
         else:
