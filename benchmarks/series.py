@@ -61,7 +61,7 @@ def error(name: str, made: Any, right: Any, axis: int) -> float:
     if name != NOT_DEBIASED:
         return wrong(made, right, axis) / 16.0
     weights = -numpy.expm1(numpy.arange(1, len(right) + 1) * numpy.log1p(-ALPHA))
-    return wrong(made, right * weights.reshape(-1, *[1] * (right.ndim - 1)), axis) / 5_000.0
+    return wrong(made, right * weights.reshape(-1, *[1] * (right.ndim - 1)), axis) / 500.0
 
 
 def table(title: str, x: Any, axis: int, rounds: int, with_peers: bool) -> Table:
