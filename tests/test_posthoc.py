@@ -535,6 +535,24 @@ def test_a_disk_full_in_the_middle_of_add(tmp_path: Path, monkeypatch) -> None:
     assert same(archive.reconstruct(POWERS["wide"]).weights, weights)
 
 
+def test_an_interrupt_when_all_is_done_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    archive, _, model = walked(tmp_path, {}, steps=16)
+    ema = ewma.ModelEMA(model, POWERS)
+    ema.run = archive_run(tmp_path)
+    ema.update(8.0)
+    real = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", interrupted)  # of the snapshots that lie after the new one
+    with pytest.raises(KeyboardInterrupt):
+        archive.add(ema)
+    assert [snapshot.time for snapshot in archive.snapshots] == [8.0, 8.0]
+    archive.reconstruct(POWERS["wide"])
+
+
 def test_an_average_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model = Walk()
     ema = ewma.ModelEMA(model, POWERS, nonfinite="propagate")

@@ -138,8 +138,10 @@ class Archive:
                 recording.write(self.folder, added[-1])
             manifest.replace(run, added)
         except BaseException:
+            listed = Manifest.read(self.folder).entries  # an interrupt may come when all is done
             for entry in added:
-                (self.folder / entry.file).unlink(missing_ok=True)
+                if entry not in listed:
+                    (self.folder / entry.file).unlink(missing_ok=True)
             raise
 
     def solve(

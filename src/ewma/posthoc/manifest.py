@@ -56,7 +56,9 @@ class Manifest:
             files.check_format(str(path), told, "Archive")
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: expected the list of an archive's snapshots; it is damaged ({error})") from error
-        entries = [Entry(**each) for each in told["snapshots"]]
+        entries = [
+            Entry(**{**each, "late": {n: tuple(c) for n, c in each["late"].items()}}) for each in told["snapshots"]
+        ]
         return cls(folder, told["run"], sorted(entries, key=lambda entry: entry.time))
 
     def check_run(self, run: str) -> None:
