@@ -166,6 +166,15 @@ def test_spreads_of_any_layout(view: Any, dtype: str) -> None:
         numpy.testing.assert_allclose(got[row, :, column], right.astype(dtype), rtol=4.0 * numpy.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_spreads_of_columns_that_take_turns(threads: int) -> None:
+    x = values(1, 2100, 150, offset=4.0)
+    bands = spread(x, 0.02, None, 2, True, threads=threads)
+    for column in (0, 63, 64, 149):
+        for got, right in zip(bands, spread(x[:, :, column : column + 1].copy(), 0.02, None, 2, True), strict=True):
+            numpy.testing.assert_array_equal(got[:, :, column : column + 1], right)
+
+
 @pytest.mark.parametrize("lost", [1e-6, 1e-3, 0.3])
 def test_threads_agree_on_spreads(lost: float) -> None:
     x = values(1, LARGE, 1, offset=5.0)

@@ -30,9 +30,8 @@ COMPILED = 1 << 16
 SHORTEST = 64
 MOST = 1 << 16
 LARGE = 1 << 20
-COLUMNS = 8
 """How many steps a piece has at least, where there are more; how many series it has at most; and from how many elements
-on threads are worth their start; and how many series side by side are many."""
+on threads are worth their start."""
 
 Statistic: TypeAlias = Callable[[Chunk, Moments, tuple[Array, ...]], tuple[Array, ...]]
 """Of a chunk, of the moments before it and of its values: the arrays that are asked for."""
@@ -122,10 +121,9 @@ def _at_once(moments: Moments, x: Array, statistic: Statistic, outs: Sequence[Ar
     """Write a mean or a spread of whole series in one compiled pass, where that can be."""
     if statistic is mean_of:
         return moments.smooth(x, outs[0])
-    beside = x.shape[2] >= COLUMNS  # steps that lie far apart are better taken for many series at a time
-    if not isinstance(statistic, Spread) or beside:
-        return False
-    return moments.spread(x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased)
+    return isinstance(statistic, Spread) and moments.spread(
+        x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
+    )
 
 
 def mean_of(chunk: Chunk, prior: Moments, xs: tuple[Array, ...]) -> tuple[Array, ...]:

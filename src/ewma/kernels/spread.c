@@ -11,7 +11,7 @@
 
 #include <stdlib.h>
 
-enum { VARIANCE, DEVIATION, BANDS, OUTS = 3, MOST = 64 };
+enum { VARIANCE, DEVIATION, BANDS, OUTS = 3, MOST = 64, TOGETHER = 64 };
 
 typedef struct {
     Sweep sweep;
@@ -86,16 +86,27 @@ static int unfit(const Spreading *s, const Spread *state)
     return !isfinite(state->sum) || !isfinite(state->spread) || state->hidden > 0.25 * (double)s->sweep.n;
 }
 
+/* Where the steps of a series do not lie side by side, several take turns: the neighbours' lines are in the cache. */
 static void some_lines(void *work, size_t index)
 {
     Spreading *s = work;
-    const ptrdiff_t count = s->sweep.outer * s->sweep.inner, begin = (ptrdiff_t)index * s->each;
-    for (ptrdiff_t series = begin; series < count && series < begin + s->each; series++) {
-        const ptrdiff_t row = series / s->sweep.inner, column = series % s->sweep.inner;
-        Spread state = first_state(s, row, column);
-        steps(s, row, column, 0, s->sweep.n, &state, 1);
-        if (unfit(s, &state))
-            ADD(&s->unfit, 1);
+    const ptrdiff_t step = s->sweep.x.step[1], n = s->sweep.n, inner = s->sweep.inner;
+    const ptrdiff_t count = s->sweep.outer * inner, first = (ptrdiff_t)index * s->each;
+    const ptrdiff_t last = count - first < s->each ? count : first + s->each;
+    const ptrdiff_t turn = step == 1 || step == -1 ? n : BLOCK, together = turn < n ? TOGETHER : 1;
+    for (ptrdiff_t group = first; group < last; group += together) {
+        Spread states[TOGETHER];
+        const ptrdiff_t size = last - group < together ? last - group : together;
+        for (ptrdiff_t t = 0; t < n; t += turn)
+            for (ptrdiff_t k = 0; k < size; k++) {
+                const ptrdiff_t row = (group + k) / inner, column = (group + k) % inner;
+                if (t == 0)
+                    states[k] = first_state(s, row, column);
+                steps(s, row, column, t, n - t < turn ? n : t + turn, &states[k], 1);
+            }
+        for (ptrdiff_t k = 0; k < size; k++)
+            if (unfit(s, &states[k]))
+                ADD(&s->unfit, 1);
     }
 }
 
@@ -164,7 +175,7 @@ static int run(Spreading *s, int threads)
     if (count < threads)
         in_segments(s, threads);
     else {
-        s->each = threads > 1 ? (count + 8 * threads - 1) / (8 * threads) : count;
+        s->each = (count + threads - 1) / threads;
         share(some_lines, s, (size_t)((count + s->each - 1) / s->each), threads);
     }
     free(state);
