@@ -44,7 +44,7 @@ def read(source: Source, model: nn.Module | None = None, *, at: str | None = Non
     Averages(source='torch AveragedModel', at='ema', count=1, decay=None, profile=None, time=None)
     """
     place, found = choose(source, locate(source), at)
-    if not found.tensors:
+    if not found.tensors or (found.clocks is not None and not found.count):
         raise ValueError(f"{called(source)}: the {found.source} in it has averaged nothing yet; there are no averages")
     weights = unnamed(found) if model is None else named(found, model)
     return Averages(weights, found.source, place, found.count, found.decay, found.profile, found.time)
