@@ -25,6 +25,8 @@ FLOORS = [
         "weighting": set(),
         "stamps": set(),
         "residues": set(),
+        "bases": set(),
+        "ratios": set(),
     },
     {
         "moments": {"passes"},

@@ -276,12 +276,12 @@ class Arrays:
         return self._give(self.moments.second(pair, unbiased))
 
     def correlation(self) -> Array:
-        from ewma.moments import correlated
+        from ewma.ratios import correlated
 
         return self._give(correlated(self.moments.spreads))
 
     def deviation(self, unbiased: bool) -> Array:
-        from ewma.moments import root
+        from ewma.ratios import root
         from ewma.sweep import quietly
 
         variance = self.moments.second((0, 0), unbiased)
@@ -289,7 +289,7 @@ class Arrays:
             return self._give(root(variance))
 
     def score(self, x: Array, unbiased: bool) -> Array:
-        from ewma.moments import standardized
+        from ewma.ratios import standardized
         from ewma.sweep import quietly
 
         moments = self.moments

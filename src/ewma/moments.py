@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy
 
 from ewma import columns, kernels, passes
-from ewma.arrays import Array, before, empty, full, is_tensor, like, may_ask, module_of, needs_gradient, wide
+from ewma.arrays import Array, before, empty, full, like, may_ask, module_of, needs_gradient, wide
+from ewma.bases import base_of, fixed, matters, unit
 from ewma.profiles import Exponential
+from ewma.ratios import debiased, standardized
 from ewma.residues import hides, left_out
 from ewma.weighting import Rule, Terms, Weights, part_of
 
@@ -70,34 +72,6 @@ class Chunk(NamedTuple):
         """The variance or covariance; NaN where there is none yet."""
         biased = self.spreads[pair]
         return debiased(biased, self.total, self.pairs) if unbiased else biased
-
-
-def debiased(biased: Array, total: Any, pairs: Any) -> Array:
-    """`biased * total ** 2 / pairs`; NaN where the pairs have no weight."""
-    if isinstance(pairs, float):
-        return biased * (total * total / pairs if pairs > 0.0 else math.nan)
-    module, some = module_of(biased), pairs > 0.0
-    return module.where(some, biased * (total * total / module.where(some, pairs, 1.0)), math.nan)
-
-
-def root(x: Array) -> Array:
-    """The square root, with a gradient of 0 at 0."""
-    module, some = module_of(x), x > 0.0
-    return module.where(some, module.where(some, x, 1.0) ** 0.5, 0.0 * x)
-
-
-def correlated(spreads: dict[Pair, Array]) -> Array:
-    """The correlation of two series; NaN where one of them is constant."""
-    product = root(spreads[0, 0]) * root(spreads[1, 1])
-    module, vary = module_of(product), product > 0.0
-    return module.where(vary, spreads[0, 1] / module.where(vary, product, 1.0), math.nan)
-
-
-def standardized(x: Array, mean: Array, variance: Array, pairs: Array) -> Array:
-    """How far values lie from a mean, in standard deviations; NaN where missing, and until two were seen before."""
-    module = module_of(x)
-    several = (pairs > 0.0) & module.isfinite(x)
-    return module.where(several, (x - mean) / root(module.where(several, variance, 1.0)), math.nan)
 
 
 def standardized_before(x: Array, chunk: Chunk, prior: Moments, unbiased: bool) -> Array:
@@ -318,7 +292,7 @@ class Moments:
             if averages is not None:
                 means, spreads, missed = averages
                 return None if missed else self._keep(means, spreads, weights, *self._counted(xs[0]))
-        bases = tuple(map(_base, xs))
+        bases = tuple(map(base_of, xs))
         if in_place and not self.wanted:
             rooms = tuple(module_of(x).empty_like(x, dtype=module_of(x).float64) for x in xs)
             before_all = self.means if self.weight else (None,) * len(xs)
@@ -339,9 +313,9 @@ class Moments:
             product = math.prod(distances[k] for k in pair)
             spread = scan(times(product, weights.kept), terms.lost, held * self.spreads.get(pair, 0.0))
             spreads[pair] = times(spread, weights.share)
-        if not all(math.isfinite(_fixed(x).sum()) for x in (*rises, *spreads.values())):
+        if not all(math.isfinite(fixed(x).sum()) for x in (*rises, *spreads.values())):
             return None
-        means = tuple(plus(r, base) if _some(base) else r for base, r in zip(bases, rises, strict=True))
+        means = tuple(plus(r, base) if matters(base) else r for base, r in zip(bases, rises, strict=True))
         return self._keep(means, spreads, weights, *self._counted(xs[0]))
 
     def _counted(self, x: Array) -> tuple[Array, Any]:
@@ -390,7 +364,7 @@ class Moments:
         if not in_place:
             return x - base
         room = self._room("offset", x, tuple(x.shape))
-        if _some(base):
+        if matters(base):
             return module_of(x).subtract(x, base, out=room)
         room[...] = x
         return room
@@ -401,7 +375,7 @@ class Moments:
         finite = functools.reduce(lambda one, other: one & other, map(module.isfinite, xs))
         clean = tuple(module.where(finite, wide(x), 0.0) for x in xs)
         if all(map(may_ask, xs)) and not self._learns(xs):
-            scale = _unit([*clean, *self.means], squared=bool(self.wanted))
+            scale = unit([*clean, *self.means], squared=bool(self.wanted))
             if scale != 1.0:
                 return self._scaled(xs, terms, elapsed, scale)
         observed = wide(finite)
@@ -410,7 +384,7 @@ class Moments:
         weight = self.weight if hasattr(self.weight, "shape") else full(xs[0], (1, 1, 1), self.weight)
         weights = self.rule.weights(terms, observed, weight, scan, self.residue)
         starts = self._starts(clean, finite)
-        bases = tuple(_base(module.where(finite, x, start)) for x, start in zip(clean, starts, strict=True))
+        bases = tuple(base_of(module.where(finite, x, start)) for x, start in zip(clean, starts, strict=True))
         rises, spreads = [], {}
         offsets = [module.where(finite, x - base, 0.0) for x, base in zip(clean, bases, strict=True)]
         for offset, base, start in zip(offsets, bases, starts, strict=True):
@@ -501,40 +475,3 @@ def _last(x: Any) -> Any:
     x = _end(x)
     alone = tuple(x.shape) == (1, 1, 1) and may_ask(x) and not needs_gradient(x)
     return float(x[0, 0, 0]) if alone else x
-
-
-def _fixed(x: Array) -> Array:
-    """x without its gradient."""
-    return x.detach() if is_tensor(x) else x
-
-
-def _base(x: Array) -> Array:
-    """What the recurrence is carried relative to, for each series: its first value, where all are of one size.
-
-    A constant comes to 0 then, and a large offset to what it varies by, without rounding: no value is more than twice
-    another. Otherwise the base is 0, since a single spike would take the digits of all the values that follow. To the
-    result the base makes no difference, so it has no gradient. (A few values stand for all of them.)
-    """
-    x, module = _fixed(x), module_of(x)
-    if x.shape[0] == x.shape[2] == 1 and not is_tensor(x):  # the same, without a dozen array operations
-        few = x[0, :: max(x.shape[1] // 16, 1), 0].tolist()
-        low, high = min(few), max(few)
-        return numpy.full((1, 1, 1), float(few[0]) if 0.0 < high <= 2.0 * low or 2.0 * high <= low < 0.0 else 0.0)
-    some = wide(x[:, :: max(x.shape[1] // 16, 1)])
-    low, high = (some.amin(1), some.amax(1)) if is_tensor(x) else (some.min(1), some.max(1))
-    alike = ((low > 0.0) & (high <= 2.0 * low)) | ((high < 0.0) & (2.0 * high <= low))
-    return module.where(alike, some[:, 0], 0.0 * low)[:, None]
-
-
-def _some(base: Array) -> bool:
-    """Whether a base makes any difference."""
-    return not may_ask(base) or bool(base.any())
-
-
-def _unit(arrays: list[Array], squared: bool) -> float:
-    """The power of two by which to scale numbers that are too large to be subtracted or squared; usually 1."""
-    largest = max((float(abs(x).max()) for x in arrays if math.prod(x.shape)), default=0.0)
-    limit = 500 if squared else 960
-    if not 2.0**limit < largest < math.inf:
-        return 1.0
-    return 2.0 ** -math.frexp(largest)[1]

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from ewma import rules, stamps
 from ewma.arrays import is_tensor
-from ewma.moments import Moments, correlated, standardized_before
+from ewma.moments import Moments, standardized_before
 from ewma.profiles import Profile, bare_number
+from ewma.ratios import correlated
 from ewma.recurrence import Weigh
 from ewma.sweep import Spread, Statistic, both_sides, mean_of, starting, sweep
 from ewma.values import Series, unpack

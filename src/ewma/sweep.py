@@ -19,7 +19,8 @@ import numpy
 from ewma import kernels
 from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
 from ewma.columns import Vector
-from ewma.moments import Chunk, Moments, root
+from ewma.moments import Chunk, Moments
+from ewma.ratios import root
 from ewma.rules import numbers
 from ewma.values import Series
 from ewma.weighting import Rule
