@@ -60,7 +60,7 @@ def ours(raw: float = RAW, slow: float = SLOW, kernel: str = "", **how: object) 
     owners = parameters()
     optimizer = torch.optim.SGD(owners, lr=0.0)
     ema = ewma.GradientEMA(optimizer, decay=DECAY, debias=False, raw=raw, slow=slow, hook=False, **how)
-    with mock.patch.dict(os.environ, {"EWMA_KERNEL": kernel}):
+    with mock.patch.dict(os.environ, {"EWMA_KERNEL": kernel} if kernel else {}):
         ema.apply()
     largest = max(range(len(owners)), key=lambda place: owners[place].numel())
     return Contender(ema.apply, owners[largest].grad, dict(ema.named_gradients())[f"0.{largest}"])

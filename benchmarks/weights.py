@@ -119,7 +119,7 @@ def memory_limit(shapes: Shapes, dtype: torch.dtype = torch.float32, into: torch
 
 def ours(model: nn.Module, half_life: float = HALF_LIFE, kernel: str = "", **arguments: object) -> Contender:
     ema = ewma.ModelEMA(model, half_life=half_life, debias=False, **arguments)  # constant coefficient from the start
-    with mock.patch.dict(os.environ, {"EWMA_KERNEL": kernel}):
+    with mock.patch.dict(os.environ, {"EWMA_KERNEL": kernel} if kernel else {}):
         ema.update()
     move(model)
     averages = (average for _, average in ema.named_parameters())
