@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from ewma import files, hooks, kernels, profiles
 from ewma.gradients import noise
+from ewma.gradients.resuming import check
 from ewma.names import mismatch, named_tensors
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
@@ -229,13 +230,7 @@ class GradientEMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` gave; nothing changes unless all of it fits this optimizer's parameters."""
         what = "GradientEMA.load_state_dict"
-        files.check_format(what, state, "GradientEMA")
-        saved = profiles.from_json(state["profile"])
-        if saved != self.profile:
-            raise ValueError(
-                f"{what}: saved with {saved!r}, but this GradientEMA has {self.profile!r}. Nothing was loaded. Make it "
-                f"with the saved profile to go on."
-            )
+        check(what, state, "GradientEMA", self.profile, "GradientEMA")
         if self.squares is not None and state["averages"] and not state["squares"]:
             raise ValueError(f"{what}: squares=True, but the state was saved without them. Nothing was loaded.")
         mine = {name: tuple(parameter.shape) for name, parameter in self._parameters()}
@@ -246,7 +241,7 @@ class GradientEMA:
             raise ValueError(problem)
         self._drop_plan()
         with torch.no_grad():
-            self.track.load(state["averages"], state, saved)
+            self.track.load(state["averages"], state, self.profile)
             if self.squares is not None:
                 self.squares = {name: square.clone() for name, square in state["squares"].items()}
         self.seen, self._skipped = state["seen"], state["skipped"]

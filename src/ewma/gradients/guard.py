@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ewma import files, hooks, profiles
+from ewma.gradients.resuming import check
 from ewma.profiles import Profile, Scalar, choose
 from ewma.recurrence import Recurrence
 from ewma.shards import local
@@ -163,14 +164,8 @@ class SpikeGuard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, without a new warm-up."""
         what = "SpikeGuard.load_state_dict"
-        files.check_format(what, state, "SpikeGuard")
-        saved = profiles.from_json(state["profile"])
-        if saved != self.profile:
-            raise ValueError(
-                f"{what}: saved with {saved!r}, but this guard has {self.profile!r}. Nothing was loaded. Make it with "
-                f"the saved profile to go on."
-            )
-        self.clock = Recurrence(saved)
+        check(what, state, "SpikeGuard", self.profile, "guard")
+        self.clock = Recurrence(self.profile)
         self.clock.load(state["clock"])
         for name in ("mean", "variance", "_clipped", "_missing"):
             setattr(self, name, state[name])
