@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +36,10 @@ def write(
         tied = tensor.numel() > 0 and tensor.data_ptr() in seen
         seen.add(tensor.data_ptr())
         separate[name] = tensor.detach().clone().contiguous() if tied else tensor.detach().contiguous()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with _replacing(path) as temporary:
         # "format": "pt" is what transformers asks of a file before it loads one.
         ours = json.dumps({"format": FORMAT, **metadata})
         save_file(separate, temporary, {"format": "pt", **told, "ewma": ours})
-        settle(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -76,17 +68,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write text atomically: `path` holds the old file or the whole new one."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        settle(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with _replacing(Path(path)) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def check_format(what: str, state: Any, kind: str | None = None) -> None:
@@ -113,6 +96,21 @@ def settle(temporary: str) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.chmod(temporary, 0o666 & ~_umask())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """A temporary file beside `path`, which takes its place once it is written; and is gone where that fails."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield temporary
+        settle(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 def _umask() -> int:
