@@ -330,6 +330,12 @@ def test_a_saved_guard_goes_on_without_a_warm_up(tmp_path: Any) -> None:
         (lambda: SpikeGuard(warmup=1), ValueError, "warmup must be a whole number of values, 2 or more .*; got 1"),
         (lambda: SpikeGuard(half_life=0.0), ValueError, "half_life must be"),
         (lambda: SpikeGuard(half_life=2.0, decay=0.5), TypeError, "exactly one of half_life, decay"),
+        (lambda: SpikeGuard().update("1"), TypeError, "expected a number or a tensor of one element; got str"),
+        (
+            lambda: SpikeGuard().update(torch.ones(2, 3)),
+            ValueError,
+            r"expected one number, a loss or a norm; got a tensor of shape \[2, 3\]\. Reduce it first: guard\.update\(",
+        ),
         (lambda: SpikeGuard().attach(nn.Linear(1, 1)), TypeError, r"expected a torch\.optim\.Optimizer; got Linear"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -118,6 +119,16 @@ class SpikeGuard:
             value: a number, or a tensor of one element; of a tensor on a device the factor is a 0-dim tensor there, and
                 nothing waits for it.
         """
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"SpikeGuard.update: expected one number, a loss or a norm; got a tensor of shape "
+                    f"{list(value.shape)}. Reduce it first: guard.update(losses.mean().detach())."
+                )
+        elif not isinstance(value, Real):
+            raise TypeError(
+                f"SpikeGuard.update: expected a number or a tensor of one element; got {type(value).__name__}"
+            )
         return self._watch(value, bool(self.log))[0]
 
     def attach(self, optimizer: Any, skip: bool = False) -> Self:
