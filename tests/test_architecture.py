@@ -29,7 +29,6 @@ FLOORS = [
         "ratios": set(),
     },
     {
-        "moments": {"passes"},
         "passes": set(),
         "rules": set(),
         "hooks": set(),
@@ -39,6 +38,9 @@ FLOORS = [
         "tracks": set(),
         "offload": set(),
     },
+    {"averaging": set()},
+    {"moments": set()},
+    {"whole": set(), "merging": set()},
     {"sweep": set()},
     {"cells": set()},
     {"binding": set(), "states": set()},

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from ewma import moments
+from ewma.averaging import scan
 from ewma.residues import hides, left_out
 
 
@@ -25,7 +25,7 @@ def test_mean_and_residue_together_have_twice_the_digits(share: float, kind) -> 
         means.append(mean)
         exact.append(float(right - Fraction(mean)))
     computed = kind(numpy.array(means).reshape(x.shape))
-    residue = left_out(kind(x), computed, kind(start), share, moments.scan)
+    residue = left_out(kind(x), computed, kind(start), share, scan)
     numpy.testing.assert_allclose(numpy.asarray(residue)[0, :, 0], exact, rtol=1e-6, atol=1e-20)
 
 

@@ -17,7 +17,8 @@ from ewma.arrays import Array, empty, full, is_real, is_tensor, like, may_ask, m
 from ewma.weighting import Rule
 
 if TYPE_CHECKING:
-    from ewma.moments import Moments, Pair
+    from ewma.averaging import Pair
+    from ewma.moments import Moments
     from ewma.values import Series
 
 VARIANCE: tuple[Pair, ...] = ((0, 0),)
@@ -299,12 +300,13 @@ class Arrays:
             return self._give(scores, coming=1.0)
 
     def merge(self, later: Any) -> None:
+        from ewma.merging import merge
         from ewma.sweep import quietly
 
         self.begin(later.get(), later.shape)
         self.dtype = later.dtype if not self.moments.means else self.dtype
         with quietly(later.get()):
-            self.moments.merge(later.moments)
+            merge(self.moments, later.moments)
         self.skipped = self.skipped + later.skipped
 
     def state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy
 
-from ewma import kernels
+from ewma import kernels, whole
 from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
 from ewma.columns import Vector
 from ewma.moments import Chunk, Moments
@@ -67,11 +67,11 @@ def sweep(
         quick = statistic is mean_of and elapsed is None and needed <= 1 and first.array.numel()
         if quick and not needs_gradient(moments.rule.alpha, *moments.means):
             with numpy.errstate(all="ignore"):
-                made = moments.smooth_remembering(arrays[0])
+                made = whole.remembering(moments, arrays[0])
             if made is not None:
                 return [first.pack(made.reshape(first.array.shape))]
-        whole = _advance(moments, arrays, elapsed, 0, needed, statistic) if first.array.numel() else arrays * results
-        return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in whole]
+        given = _advance(moments, arrays, elapsed, 0, needed, statistic) if first.array.numel() else arrays * results
+        return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in given]
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
     if elapsed is None and made[0] is not first.array and _at_once(moments, arrays[0], statistic, views):
@@ -121,9 +121,9 @@ KINDS = ("variance", "deviation", "bands")
 def _at_once(moments: Moments, x: Array, statistic: Statistic, outs: Sequence[Array]) -> bool:
     """Write a mean or a spread of whole series in one compiled pass, where that can be."""
     if statistic is mean_of:
-        return moments.smooth(x, outs[0])
-    return isinstance(statistic, Spread) and moments.spread(
-        x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
+        return whole.mean(moments, x, outs[0])
+    return isinstance(statistic, Spread) and whole.spread(
+        moments, x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
     )
 
 
