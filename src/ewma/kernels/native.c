@@ -170,16 +170,6 @@ INLINE int lerp_block(
 
 /* The filter. Where there is a guard, a NaN is an average that has seen nothing: such a value stays as it came. */
 
-INLINE void write_value(void *to, int i, double x, Dtype dtype)
-{
-    switch (dtype) {
-    case FLOAT32: ((float *)to)[i] = (float)x; break;
-    case FLOAT64: ((double *)to)[i] = x; break;
-    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
-    default: ((uint16_t *)to)[i] = half_of((float)x);
-    }
-}
-
 INLINE void filter_in_float(
     void *restrict values, const float *restrict averages, int n, float raw, float slow, int guard, Dtype value_dtype)
 {
@@ -187,7 +177,7 @@ INLINE void filter_in_float(
     for (int i = 0; i < n; i++) {
         const float value = read_float(values, i, value_dtype), average = averages[i];
         const float filtered = raw == 0.0f ? slow * average : raw * value + slow * average;
-        write_value(values, i, guard && average != average ? value : filtered, value_dtype);
+        write_double(values, i, guard && average != average ? value : filtered, value_dtype);
     }
 }
 
@@ -198,7 +188,7 @@ INLINE void filter_in_double(
     for (int i = 0; i < n; i++) {
         const double value = read_double(values, i, value_dtype), average = averages[i];
         const double filtered = raw == 0.0 ? slow * average : raw * value + slow * average;
-        write_value(values, i, guard && average != average ? value : filtered, value_dtype);
+        write_double(values, i, guard && average != average ? value : filtered, value_dtype);
     }
 }
 
@@ -210,7 +200,7 @@ INLINE void square_block(
         const double value = read_double(values, i, value_dtype), old = read_double(squares, i, dtype);
         const double square = value * value, limit = dtype == FLOAT64 ? DBL_MAX : FLT_MAX;
         const double moved = guard && old != old ? square : old + c * (square - old);
-        write_value(squares, i, !guard || square <= limit ? moved : old, dtype);
+        write_double(squares, i, !guard || square <= limit ? moved : old, dtype);
     }
 }
 

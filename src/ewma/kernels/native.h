@@ -91,6 +91,16 @@ INLINE uint16_t half_of(float x)
     return (uint16_t)(sign | (size > 0x7f800000 ? 0x7e00 : finite));
 }
 
+INLINE void write_double(void *to, int i, double x, Dtype dtype)
+{
+    switch (dtype) {
+    case FLOAT32: ((float *)to)[i] = (float)x; break;
+    case FLOAT64: ((double *)to)[i] = x; break;
+    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
+    default: ((uint16_t *)to)[i] = half_of((float)x);
+    }
+}
+
 /* Each loop is compiled once for each instruction set; which one runs is found out when the module is loaded. */
 
 typedef enum {
@@ -111,6 +121,11 @@ typedef enum {
 #define TARGET_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")))
 #endif
+#define EACH_VERSION(COMPILE) COMPILE(avx512, TARGET_AVX512) COMPILE(avx2, TARGET_AVX2) COMPILE(baseline, )
+#define OF_EACH_VERSION(OF) {[AVX512] = OF(avx512), [AVX2] = OF(avx2), [BASELINE] = OF(baseline)}
+#else
+#define EACH_VERSION(COMPILE) COMPILE(baseline, )
+#define OF_EACH_VERSION(OF) {[BASELINE] = OF(baseline)}
 #endif
 
 extern Version chosen;

@@ -228,16 +228,6 @@ INLINE void columns(
         }
 }
 
-INLINE void write_double(void *to, int i, double x, Dtype dtype)
-{
-    switch (dtype) {
-    case FLOAT32: ((float *)to)[i] = (float)x; break;
-    case FLOAT64: ((double *)to)[i] = x; break;
-    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
-    default: ((uint16_t *)to)[i] = half_of((float)x);
-    }
-}
-
 /* Steps of 1 and -1 are told to the compiler, which has vectors for them. */
 
 INLINE void read_steps(double *restrict u, const char *from, int n, ptrdiff_t step, double base, const Dtype dtype)
