@@ -119,7 +119,9 @@ class EMA:
             pair.update(_array(values[name]), elapsed, _array(ys[name]))
         self._adopt(cells, joint, isinstance(x, Mapping))
         if self._last is not None:
-            self._last = _later(self._last, elapsed)
+            from ewma.stamps import later
+
+            self._last = later(self._last, elapsed)
         self.count += 1
 
     def extend(self, x: Any, times: Any = None, *, y: Any = None, axis: int | None = None) -> Any:
@@ -132,7 +134,7 @@ class EMA:
             y: of the same kind and shape, where the covariance of x with it is wanted.
             axis: of time: the last by default. Without it a value has the shape that `update` would get.
         """
-        from ewma.stamps import stamps
+        from ewma.stamps import later, stamps
         from ewma.values import unpack
 
         chunks = {name: unpack("x", chunk, axis) for name, chunk in self._by_name("EMA.extend", x).items()}
@@ -143,7 +145,7 @@ class EMA:
                 raise ValueError(f"EMA.extend: expected chunks of one length and shape; {name!r} has another")
         passed, last = (None, self._last) if times is None else stamps(times, n, self._last)[:2]
         if times is None and last is not None:
-            last = _later(last, float(n))
+            last = later(last, float(n))
         cells = {name: self._cell(name, chunk, "EMA.extend") for name, chunk in chunks.items()}
         joint = {name: self._joint_cell(name, chunks[name], other) for name, other in others.items()}
         smoothed = {}
@@ -221,6 +223,11 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to save: tensors, numbers and strings only. NumPy arrays become lists of floats."""
+        last = []
+        if self._last is not None:
+            from ewma import stamps
+
+            last = stamps.to_json(self._last)
         return {
             "format": files.FORMAT,
             "kind": "EMA",
@@ -228,7 +235,7 @@ class EMA:
             "weigh": self.weigh,
             "count": self.count,
             "named": self._named,
-            "last": [] if self._last is None else _plain_stamp(self._last),
+            "last": last,
             "cells": {name: cell.state() for name, cell in self._cells.items()},
             "joint": {name: pair.state() for name, pair in self._joint.items()},
         }
@@ -249,7 +256,11 @@ class EMA:
         for name, pair in joint.items():
             pair.load(state["joint"][name])
         self.reset()
-        self.count, self._last = state["count"], _stamp(state["last"])
+        self.count = state["count"]
+        if state["last"] != []:
+            from ewma import stamps
+
+            self._last = stamps.from_json(state["last"])
         if state["named"] is not None:
             self._adopt(cells, joint, state["named"])
 
@@ -357,34 +368,3 @@ def _in_seconds(knob: Any) -> Any:
     if getattr(getattr(knob, "dtype", None), "kind", "") == "m":  # NumPy's
         return float(knob / type(knob)(1, "s"))
     return knob
-
-
-def _later(stamp: Any, elapsed: float) -> Any:
-    """The stamp after so many units, or seconds."""
-    from ewma.stamps import dated
-
-    if dated(stamp):
-        import numpy
-
-        return stamp + numpy.timedelta64(round(elapsed * 1e9), "ns")
-    # Nanoseconds since 1970 are too many for a float.
-    return stamp + int(elapsed) if isinstance(stamp, int) and float(elapsed).is_integer() else stamp + elapsed
-
-
-def _plain_stamp(stamp: Any) -> Any:
-    """A stamp as a number, or as [kind, unit, number]."""
-    from ewma.stamps import dated
-
-    if not dated(stamp):
-        return stamp if isinstance(stamp, int) else float(stamp)
-    return [stamp.dtype.str, int(stamp.astype("int64"))]
-
-
-def _stamp(saved: Any) -> Any:
-    if not isinstance(saved, list):
-        return saved
-    if not saved:
-        return None
-    import numpy
-
-    return numpy.array(saved[1]).astype(saved[0])[()]

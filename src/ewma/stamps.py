@@ -134,3 +134,23 @@ def in_seconds(name: str, duration: Any, dated: bool) -> Any:
     if not dated:
         raise TypeError(f"{name}={duration!r} is a duration, which needs times= of datetimes or timedeltas")
     return seconds
+
+
+def later(stamp: Any, elapsed: float) -> Any:
+    """The stamp after so many units, or seconds."""
+    if dated(stamp):
+        return stamp + numpy.timedelta64(round(elapsed * 1e9), "ns")
+    # Nanoseconds since 1970 are too many for a float.
+    return stamp + int(elapsed) if isinstance(stamp, int) and float(elapsed).is_integer() else stamp + elapsed
+
+
+def to_json(stamp: Any) -> Any:
+    """A stamp as a number, or as [kind, unit, number]."""
+    if not dated(stamp):
+        return stamp if isinstance(stamp, int) else float(stamp)
+    return [stamp.dtype.str, int(stamp.astype("int64"))]
+
+
+def from_json(saved: Any) -> Any:
+    """The stamp of which `to_json` made this."""
+    return numpy.array(saved[1]).astype(saved[0])[()] if isinstance(saved, list) else saved

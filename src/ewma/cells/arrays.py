@@ -1,7 +1,4 @@
-"""What averages one series as it comes: plain floats, NumPy arrays or torch tensors, value by value or chunk by chunk.
-
-Nothing but what the value itself needs is imported: floats need no array library, NumPy arrays no torch.
-"""
+"""The running moments of NumPy arrays or torch tensors, element by element."""
 
 from __future__ import annotations
 
@@ -9,12 +6,10 @@ import contextlib
 import importlib
 import math
 from collections.abc import Mapping
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from ewma import recurrence
-from ewma.arrays import Array, empty, full, is_real, is_tensor, like, may_ask, module_of, wide
-from ewma.weighting import Rule
+from ewma.arrays import Array, empty, full, is_tensor, like, module_of, wide
+from ewma.cells.terms import Terms, raise_for_missing
 
 if TYPE_CHECKING:
     from ewma.averaging import Pair
@@ -23,159 +18,6 @@ if TYPE_CHECKING:
 
 VARIANCE: tuple[Pair, ...] = ((0, 0),)
 JOINT: tuple[Pair, ...] = ((0, 0), (0, 1), (1, 1))
-
-
-class Terms(NamedTuple):
-    """What all series of one EMA have in common: how they are weighted, how many values a result needs, the start."""
-
-    rule: Rule
-    needed: int
-    initial: Any
-
-    def start(self, where: str, shape: tuple[int, ...]) -> Any:
-        """The mean to start from, for values of a shape; None where there is none."""
-        own = tuple(getattr(self.initial, "shape", ()))
-        fits = len(own) <= len(shape) and all(
-            size in (1, full) for size, full in zip(own[::-1], shape[::-1], strict=False)
-        )
-        if not fits:
-            raise ValueError(
-                f"{where}: expected initial of a shape that broadcasts to the values', {list(shape)}; got {list(own)}"
-            )
-        return self.initial
-
-
-def own_initial(initial: Any) -> Any:
-    """What was given as `initial`, checked, in memory of its own: a float, an array or a tensor."""
-    if isinstance(initial, Real):
-        own: Any = float(initial)
-    elif is_tensor(initial):
-        own = initial.detach().clone()
-    elif isinstance(initial, list) or hasattr(initial, "__array__"):
-        own = _array_of(initial)
-    else:
-        raise TypeError(f"initial must be a number, or an array of numbers; got {initial!r}")
-    if not (isinstance(own, float) or is_real(own)):
-        raise TypeError(f"initial must be a number, or an array of numbers; got {initial!r}")
-    finite = math.isfinite(own) if isinstance(own, float) else not may_ask(own) or module_of(own).isfinite(own).all()
-    if not finite:
-        raise ValueError(f"expected initial to be finite; got {initial}")
-    return own
-
-
-def _array_of(initial: Any) -> Any:
-    import numpy
-
-    return numpy.array(initial)
-
-
-def kind_of(where: str, x: Any) -> str:
-    if isinstance(x, Real):
-        return "number"
-    if hasattr(x, "detach"):
-        if not x.is_complex():
-            return "torch"
-    elif hasattr(x, "__array__") and getattr(getattr(x, "dtype", None), "kind", "O") in "fiub":
-        return "numpy" if hasattr(x, "__setitem__") else "number"  # NumPy's scalars, of which not all are Real
-    raise TypeError(
-        f"{where}: expected a real number, a NumPy array or a torch tensor, or a dict of these; got {type(x).__name__}"
-        f"{'' if not hasattr(x, 'dtype') else f' of {x.dtype}'}. A list becomes an array with numpy.asarray(x), values "
-        f"along time are taken in by ema.extend(x), and what is missing (None) is left out of a dict."
-    )
-
-
-class Number:
-    """The running mean and variance of plain floats."""
-
-    kind = "number"
-
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
-        self.missing = terms.rule.missing
-        assert terms.rule.profile is not None
-        self.moments = recurrence.Moments(terms.rule.profile, terms.rule.weigh, terms.rule.debias)
-        self.skipped = 0
-        if terms.initial is not None:
-            self.moments.mean, self.moments.weight = float(terms.start("EMA", ())), 1.0
-
-    def check(self, where: str, x: Any) -> None:
-        try:
-            number = float(x)
-        except OverflowError as error:
-            raise ValueError(f"{where}: expected a number that a float can hold; got one too large") from error
-        if self.missing == "raise" and not math.isfinite(number):
-            raise ValueError(f'{where}: expected finite values only, by nan="raise"; got {number}')
-
-    def check_chunk(self, where: str, series: Series) -> None:
-        if self.missing == "raise":
-            _raise_for_missing(where, series.array)
-
-    def update(self, x: Any, elapsed: float) -> None:
-        x = float(x)
-        if -math.inf < x < math.inf:
-            self.moments.update(x, elapsed)
-        else:
-            self.skipped += 1
-            self.moments.miss(elapsed, decay=self.missing == "decay")
-            if self.missing == "propagate":
-                self.moments.count = math.nan  # never enough
-
-    def extend(self, series: Series, elapsed: Any, timed: bool) -> Array:
-        """Take in a chunk; its running mean."""
-        if not series.shape[1]:
-            return series.array.astype(series.floating)
-        whole = Arrays(self.terms, "numpy", VARIANCE)
-        whole.begin(series.array[:1], ())
-        moments, mine = whole.moments, self.moments
-        if mine.count or mine.weight or mine.mean:
-            moments.means, moments.spreads = ((like(series.array, [[[mine.mean]]])),), {}
-            moments.spreads[0, 0] = like(series.array, [[[mine.biased]]])
-        if not mine.debias:  # else a residue is part of the weight, which arrays do without
-            moments.residue = mine.residue
-        for name in ("time", "weight", "pairs", "count", "seen"):
-            setattr(moments, name, getattr(mine, name))
-        result = whole.extend(series, elapsed, timed)
-        for name in ("time", "weight", "pairs", "count", "seen"):
-            setattr(mine, name, float(getattr(moments, name)))
-        mine.mean, mine.biased = (float(x.reshape(())) for x in (moments.means[0], moments.spreads[0, 0]))
-        mine.residue = float(moments.residue)
-        self.skipped += int(whole.skipped)
-        return result
-
-    @property
-    def shown(self) -> bool:
-        return bool(self.moments.count >= self.terms.needed)
-
-    def get(self) -> float:
-        return self.moments.mean if self.shown else math.nan
-
-    def second(self, unbiased: bool) -> float:
-        return self.moments.variance(unbiased) if self.shown else math.nan
-
-    def deviation(self, unbiased: bool) -> float:
-        return math.sqrt(self.second(unbiased))
-
-    def score(self, x: Any, unbiased: bool) -> float:
-        moments = self.moments
-        if not (math.isfinite(x) and moments.pairs > 0.0 and moments.count + 1.0 >= self.terms.needed):
-            return math.nan
-        distance, deviation = float(x) - moments.mean, math.sqrt(moments.variance(unbiased))
-        if deviation:
-            return distance / deviation
-        return math.copysign(math.inf, distance) if distance else math.nan
-
-    def merge(self, later: Any) -> None:
-        self.moments.merge(later.moments)
-        self.skipped += later.skipped
-
-    def state(self) -> dict[str, Any]:
-        numbers = {name: getattr(self.moments, name) for name in self.moments.NUMBERS}
-        return {"kind": self.kind, "skipped": self.skipped, **numbers}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.skipped = state["skipped"]
-        for name in self.moments.NUMBERS:
-            setattr(self.moments, name, state[name])
 
 
 class Arrays:
@@ -211,7 +53,7 @@ class Arrays:
     def check(self, where: str, x: Array, shape: tuple[int, ...] | None = None) -> None:
         shape = tuple(x.shape) if shape is None else shape
         if self.terms.rule.missing == "raise":
-            _raise_for_missing(where, x)
+            raise_for_missing(where, x)
         if self.shape is None:
             self.terms.start(where, shape)
             return
@@ -361,15 +203,3 @@ class Arrays:
             return x.reshape(self.shape).to(dtype)
         dtype = self.dtype if self.dtype.kind == "f" and self.dtype.itemsize <= 8 else module.float64
         return x.reshape(self.shape).astype(dtype)
-
-
-def _raise_for_missing(where: str, x: Array) -> None:
-    if not bool(module_of(x).isfinite(x).all()):
-        raise ValueError(f'{where}: expected finite values only, by nan="raise"; got some that are not')
-
-
-Cell: TypeAlias = Number | Arrays
-
-
-def new_cell(kind: str, terms: Terms) -> Cell:
-    return Number(terms) if kind == "number" else Arrays(terms, kind, VARIANCE)
