@@ -11,6 +11,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.streams import (
+    DATA,
+    ELAPSED,
+    GAPPY,
+    INF,
+    KINDS,
+    NAN,
+    STREAMS,
+    double,
+    each_array,
+    each_kind,
+    each_weigh,
+    fed,
+    map_kind,
+    unchanged,
+)
 
 import ewma
 from ewma import EMA
@@ -30,17 +46,7 @@ from ewma.profiles import (
 )
 
 approx = pytest.approx
-NAN, INF = math.nan, math.inf
 identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-
-DATA = [5.0, 2.0, 8.5, -1.25, 3.0, 9.75]
-ELAPSED = [1.0, 0.5, 3.0, 1.0, 0.125, 7.0]
-GAPPY = [NAN, 2.0, INF, -1.25, NAN, 9.75]
-
-KINDS = {"float": float, "numpy": np.asarray, "torch": functools.partial(torch.tensor, dtype=torch.float64)}
-each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-each_array = pytest.mark.parametrize("kind", [KINDS["numpy"], KINDS["torch"]], ids=["numpy", "torch"])
-each_weigh = pytest.mark.parametrize("weigh", ["value", "time"])
 
 PROFILES = [
     Exponential(half_life=3),
@@ -59,18 +65,6 @@ PROFILES = [
     after(start=2.5, profile=Uniform()),
     from_lr_decay(shape="cosine", steps=12),
 ]
-
-
-def fed(ema: EMA, values, elapsed=None) -> EMA:
-    """The EMA after all the values."""
-    for x, passed in zip(values, elapsed or [1.0] * len(values), strict=True):
-        ema.update(x, passed)
-    return ema
-
-
-def double(x) -> np.ndarray:
-    """A number, array or tensor as a float64 array."""
-    return (x.double() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float64)).__array__()
 
 
 def truth(values, elapsed=None, *, decay: float, weigh: str = "value", debias: bool = True) -> float:
@@ -93,22 +87,6 @@ def element_truths(values, elapsed=None, **rule) -> np.ndarray:
     return np.array([truth(column, elapsed, **rule) for column in stacked.reshape(len(values), -1).T]).reshape(
         stacked.shape[1:]
     )
-
-
-def map_kind(kind, values) -> list:
-    return [kind(x) for x in values]
-
-
-def unchanged(ema: EMA, before: dict) -> None:
-    """What was refused left everything as it was."""
-    after_it = ema.state_dict()
-    assert {name: after_it[name] for name in ("count", "named")} == {name: before[name] for name in ("count", "named")}
-    assert list(after_it["cells"]) == list(before["cells"])
-    for name, cell in before["cells"].items():
-        assert list(cell) == list(after_it["cells"][name])
-        for part, value in cell.items():
-            now = after_it["cells"][name][part]
-            assert torch.equal(now, value) if isinstance(value, torch.Tensor) else now == value
 
 
 # ---- the article
@@ -634,26 +612,6 @@ def test_reset_forgets_everything(start: str):
 # ---- states
 
 
-def random_values(kind, shape: tuple[int, ...] = (2, 3)) -> list:
-    rng = np.random.default_rng(4)
-    values = rng.normal(size=(8, *shape))
-    values[rng.random(values.shape) < 0.2] = NAN
-    return [kind(x) for x in values]
-
-
-STREAMS = {
-    "float": random_values(float, ()),
-    "numpy": random_values(np.float32),
-    "numpy 0-d": random_values(np.asarray, ()),
-    "numpy empty": random_values(np.asarray, (0,)),
-    "numpy transposed": random_values(np.transpose),
-    "numpy int": [np.arange(6).reshape(2, 3) * step for step in range(8)],
-    "torch": random_values(torch.tensor),
-    "torch bfloat16": random_values(functools.partial(torch.tensor, dtype=torch.bfloat16), ()),
-    "torch int": [torch.arange(6) * step for step in range(8)],
-}
-STREAMS["dict of numpy"] = [{"a": a, "b": b} for a, b in zip(STREAMS["float"], STREAMS["numpy"], strict=True)]
-STREAMS["dict"] = [{**a, "c": c} for a, c in zip(STREAMS["dict of numpy"], STREAMS["torch"], strict=True)]
 RULES = [
     {"half_life": 3},
     {"half_life": 3, "weigh": "time"},
@@ -762,131 +720,6 @@ def test_a_damaged_cell_is_refused_and_changes_nothing():
     del damaged["cells"]["b"]["mean"]
     with pytest.raises(KeyError, match="mean"):
         ema.load_state_dict(damaged)
-    unchanged(ema, before)
-
-
-# ---- merging
-
-MERGED = [Exponential(half_life=3), Exponential(alpha=1), Uniform()]
-each_merged = pytest.mark.parametrize("profile", MERGED, ids=str)
-
-
-@each_weigh
-@each_merged
-@pytest.mark.parametrize("stream", ["float", "numpy", "numpy 0-d", "numpy empty", "torch", "dict"])
-@pytest.mark.parametrize("cut", [0, 1, 2, 5, 8])
-def test_two_merged_runs_are_one_run(profile, weigh: str, stream: str, cut: int):
-    """Also into an empty EMA, and of an empty one; each element misses other values."""
-    values, elapsed = STREAMS[stream], [*ELAPSED, 1.0, 2.0]
-    whole = fed(EMA(profile, weigh=weigh), values, elapsed)
-    first = fed(EMA(profile, weigh=weigh), values[:cut], elapsed[:cut])
-    second = fed(EMA(profile, weigh=weigh), values[cut:], elapsed[cut:])
-    before = second.state_dict()
-    first.merge(second)
-    close = {"rtol": 1e-6, "atol": 1e-7} if stream in ("numpy", "dict") else {"rtol": 1e-13, "atol": 1e-14}
-    torch.testing.assert_close(first.get(), whole.get(), equal_nan=True, **close)
-    fed(first, values[:3]), fed(whole, values[:3])
-    torch.testing.assert_close(first.get(), whole.get(), equal_nan=True, **close)
-    assert (first.count, first.skipped) == (whole.count, whole.skipped)
-    unchanged(second, before)
-
-
-@each_kind
-@each_weigh
-@each_merged
-def test_three_runs_merge_in_either_order(kind, profile, weigh: str):
-    a, b, c, d = (fed(EMA(profile, weigh=weigh), map_kind(kind, GAPPY[cut : cut + 2])) for cut in (0, 2, 4, 4))
-    left, right = copy.deepcopy(a), copy.deepcopy(b)
-    left.merge(b), left.merge(c)
-    right.merge(d), a.merge(right)
-    whole = fed(EMA(profile, weigh=weigh), map_kind(kind, GAPPY))
-    assert float(left.get()) == approx(float(whole.get()), rel=1e-14)
-    assert float(a.get()) == approx(float(whole.get()), rel=1e-14)
-
-
-@each_array
-@each_weigh
-@each_merged
-def test_an_element_that_only_one_run_has_seen(kind, profile, weigh: str):
-    first, second = ([kind([1.0, NAN, NAN])] * 2, [kind([NAN, 2.0, NAN])] * 2)
-    ema, later = fed(EMA(profile, weigh=weigh), first), fed(EMA(profile, weigh=weigh), second)
-    ema.merge(later)
-    np.testing.assert_array_equal(double(ema.get()), [1.0, 2.0, NAN])
-    assert ema.skipped == 8
-
-
-@each_kind
-@each_weigh
-def test_the_widest_floats_merge(kind, weigh: str):
-    ema, later = (fed(EMA(alpha=0.5, weigh=weigh), [kind(x)]) for x in (1e308, -1e308))
-    ema.merge(later)
-    assert float(ema.get()) == approx(-1e308 / 3, rel=1e-14)
-
-
-def test_merging_dicts_name_by_name():
-    ema, later = fed(EMA(half_life=1), [{"a": 1.0, "b": 1.0}]), fed(EMA(half_life=1), [{"b": 4.0, "c": 5.0}])
-    ema.merge(later)
-    assert ema.get() == {"a": 1.0, "b": 3.0, "c": 5.0}
-    assert ema.count == 2
-
-
-def test_merging_the_empty_changes_nothing():
-    ema, empty = fed(EMA(half_life=3), DATA), EMA(half_life=3)
-    before = ema.state_dict()
-    ema.merge(EMA(half_life=3))
-    unchanged(ema, before)
-    empty.merge(EMA(half_life=3))
-    unchanged(empty, EMA(half_life=3).state_dict())
-
-
-UNMERGEABLE = [
-    Power(sigma_rel=0.1),
-    Exponential(half_life=3, debias=False),
-    tensorflow(),
-    after(start=2, profile=Uniform()),
-]
-NOT_MERGED = [
-    (EMA(half_life=3), EMA(half_life=4), ValueError, "cannot merge .* make both with the same profile and weigh="),
-    (EMA(half_life=3), EMA(half_life=3, weigh="time"), ValueError, "make both with the same profile and weigh="),
-    (
-        EMA(half_life=3),
-        EMA(Uniform()),
-        ValueError,
-        r"cannot merge EMA\(Uniform\(\).* into EMA\(Exponential\(half_life=3\)",
-    ),
-    *(
-        (EMA(p), EMA(p), ValueError, "known only for a debiased Exponential and for Uniform. Update")
-        for p in UNMERGEABLE
-    ),
-]
-
-
-@each_kind
-@pytest.mark.parametrize(("ema", "later", "error", "text"), NOT_MERGED)
-def test_what_cannot_be_merged_is_refused_and_changes_nothing(kind, ema: EMA, later: EMA, error, text: str):
-    ema, later = fed(copy.deepcopy(ema), [kind(1.0)]), fed(copy.deepcopy(later), [kind(2.0)])
-    before = ema.state_dict()
-    with pytest.raises(error, match=text):
-        ema.merge(later)
-    unchanged(ema, before)
-
-
-@pytest.mark.parametrize(
-    ("x", "later", "error", "text"),
-    [
-        (1.0, {"a": 1.0}, TypeError, "one averages a dict, the other a single value"),
-        ({"a": 1.0}, 1.0, TypeError, "one averages a dict, the other a single value"),
-        (1.0, np.array(1.0), TypeError, "expected a number value"),
-        (np.ones(2), np.ones(3), ValueError, r"expected shape \[2\].*got \[3\]"),
-        ({"a": 1.0, "b": torch.ones(2)}, {"a": 2.0, "b": torch.ones(3)}, ValueError, r"'b': expected shape \[2\]"),
-    ],
-    ids=str,
-)
-def test_values_that_cannot_be_merged_are_refused_and_change_nothing(x, later, error, text: str):
-    ema = fed(EMA(half_life=3), [x])
-    before = ema.state_dict()
-    with pytest.raises(error, match=text):
-        ema.merge(fed(EMA(half_life=3), [later]))
     unchanged(ema, before)
 
 
