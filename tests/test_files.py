@@ -39,6 +39,24 @@ def test_tied_tensors_are_written_under_every_name(tmp_path: Path) -> None:
     assert torch.equal(came["c"], tied.view(2, 2))
 
 
+def test_overlapping_tensors_are_written_each_on_its_own(tmp_path: Path) -> None:
+    whole = torch.randn(10)
+    tensors = {"a": whole[:6], "b": whole[3:], "c": whole[:2]}
+    files.write(tmp_path / "x.safetensors", tensors, {}, {})
+    came, _ = files.read(tmp_path / "x.safetensors")
+    assert all(torch.equal(came[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [(torch.zeros(2, dtype=torch.complex128), "torch.complex128"), (torch.eye(2).to_sparse(), "torch.sparse_coo")],
+)
+def test_what_such_a_file_cannot_hold_is_named(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
+    with pytest.raises(TypeError, match=rf"b: a safetensors file cannot hold {kind}.*torch.save\(ema.state_dict"):
+        files.write(tmp_path / "x.safetensors", {"a": torch.ones(2), "b": tensor}, {}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "x.safetensors"
     files.write(path, {"a": torch.ones(2)}, {}, {})

@@ -261,6 +261,21 @@ def test_complex_gradients_are_averaged_by_their_parts() -> None:
         assert optimizer.got[-1][0].tolist() == [3.0 - 6.0j] * 3
 
 
+def test_what_complex_gradients_tell_is_that_of_their_parts() -> None:
+    wave, parts = nn.Parameter(torch.zeros(3, dtype=torch.complex64)), nn.Parameter(torch.zeros(3, 2))
+    told = []
+    for parameter in (wave, parts):
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD([parameter], lr=0.0)
+        ema = GradientEMA(optimizer, half_life=3, raw=1.0, slow=0.0, squares=True)
+        for _ in range(5):
+            gradient = torch.randn(3, 2)
+            parameter.grad = torch.view_as_complex(gradient) if parameter is wave else gradient
+            optimizer.step()
+        told.append(torch.stack([ema.snr()["0.0"], ema.noise_scale(4), ema.norm()]))
+    torch.testing.assert_close(*told)
+
+
 def test_sparse_gradients_are_an_error_or_made_dense() -> None:
     table = nn.Embedding(5, 2, sparse=True)
     optimizer = Recorder(table.parameters())

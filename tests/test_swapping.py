@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from tests.conftest import Small, bits, same, train
@@ -212,3 +215,139 @@ def test_all_buffers_come_back(small: Small, buffers: str, updates: int) -> None
         torch.optim.swa_utils.update_bn([torch.randn(8, 4) for _ in range(3)], small)
         assert not same(bits(small), before)
     assert same(bits(small), before)
+
+
+def test_as_a_decorator_it_puts_in_what_there_is_when_the_function_is_called(small: Small, sgd) -> None:
+    ema = ewma.ModelEMA(small, half_life=1).attach(sgd)
+
+    @ema.swapped()
+    def validate() -> bool:
+        return holds(small, averages(ema))
+
+    later = ema.swapped()
+    train(small, sgd, 4)
+    before = bits(small)
+    assert validate()
+    assert validate()
+    with later:
+        assert holds(small, averages(ema))
+    assert same(bits(small), before)
+
+
+def test_swaps_may_end_in_any_order(ema, small: Small) -> None:
+    before, wide = bits(small), averages(ema["wide"])
+    one, two = ema["fast"].swapped(), ema["wide"].swapped()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert holds(small, wide)
+    two.__exit__(None, None, None)
+    assert same(bits(small), before)
+    two, one = ema["wide"].swapped(), ema["fast"].swapped()
+    two.__enter__()
+    one.__enter__()
+    one.__exit__(None, None, None)
+    assert holds(small, wide)
+    two.__exit__(None, None, None)
+    ema.update()
+
+
+def test_several_threads_swap_at_once(ema, small: Small) -> None:
+    before, expected, wrong = bits(small), averages(ema), []
+    both = threading.Barrier(4)
+
+    def evaluate() -> None:
+        both.wait()
+        for _ in range(10):
+            with ema.swapped():
+                time.sleep(0.001)
+                if not holds(small, expected):
+                    wrong.append(bits(small))
+
+    threads = [threading.Thread(target=evaluate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert same(bits(small), before)
+    ema.update()
+
+
+def test_autocast_does_not_go_on_with_what_it_has_cast() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    ema = ewma.ModelEMA(model, half_life=1)
+    x = torch.ones(1, 2)
+    for value in (1.0, 2.0):
+        nn.init.constant_(model.weight, value)
+        ema.update()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x) == 4.0
+        with ema.swapped():
+            assert model(x).item() == pytest.approx(10 / 3, rel=0.01)
+        assert model(x) == 4.0
+        ema.copy_to()
+        assert model(x).item() == pytest.approx(10 / 3, rel=0.01)
+
+
+class Assigning(nn.Module):
+    """Its buffers are not written in place: the usual code of a centre, and of a cache that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("centre", torch.zeros(2))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        self.centre = 0.9 * self.centre + 0.1 * y.mean(0).detach()
+        self.cache = torch.zeros(len(self.cache) + 1)
+        return y
+
+
+def test_what_is_assigned_over_inside_comes_back() -> None:
+    model = Assigning()
+    ema = ewma.ModelEMA(model, half_life=10)
+    model(torch.ones(3, 2))
+    ema.update()
+    before, parameters = bits(model), list(model.parameters())
+    with ema.swapped():
+        model(torch.ones(3, 2))
+        with ema.swapped():
+            model(torch.ones(3, 2))
+            model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+    assert all(old is new for old, new in zip(parameters, model.parameters(), strict=True))
+    assert len(model.cache) == 4  # what has grown with it may count on it
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_expanded_tensors_are_written_once(updates: int) -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("positions", torch.arange(3.0).expand(4, 3))
+    model.mask = nn.Parameter(torch.ones(1, 1).expand(2, 5), requires_grad=False)
+    ema = ewma.ModelEMA(model, half_life=10)
+    for _ in range(updates):
+        ema.update()
+    before = bits(model)
+    with ema.swapped():
+        assert same(bits(model), before)
+    ema.copy_to()
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("values", [torch.eye(3), torch.eye(3).bool()], ids=["float", "bool"])
+def test_a_sparse_buffer_may_be_left_out(updates: int, persistent: bool, values: torch.Tensor) -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("graph", values.to_sparse(), persistent=persistent)
+    ema = ewma.ModelEMA(model, half_life=10, buffers="leave")
+    for _ in range(updates):
+        ema.update()
+    with ema.swapped():
+        assert torch.equal(model.graph.to_dense(), values)
+    assert torch.equal(ema.module().graph.to_dense(), values)
+    with pytest.raises(TypeError, match=r'graph: .*layout torch.sparse_coo. Leave it out with buffers="leave"'):
+        ewma.ModelEMA(model, half_life=10).update()

@@ -209,3 +209,33 @@ def test_no_gradient_flows_into_averages(ema, small: Small) -> None:
         small(X).sum().backward()
         assert small.first.weight.grad is not None
     assert small.first.weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))),
+        lambda: nn.utils.weight_norm(nn.Linear(4, 4)),
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)),
+    ],
+    ids=["script", "weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm"],
+)
+def test_a_teacher_of_a_module_that_is_copied_in_a_way_of_its_own(make) -> None:
+    model = make()
+    ema = ewma.ModelEMA(model, half_life=1)
+    for _ in range(3):
+        ema.update()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.rand_like(parameter)
+        model(X).sum().backward()
+    teacher = ema.module()
+    before = output(model, X)
+    with ema.swapped():
+        assert torch.equal(output(teacher, X), output(model, X))
+    assert torch.equal(output(model, X), before)
+    assert not torch.equal(output(teacher, X), before)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())

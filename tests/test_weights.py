@@ -395,6 +395,45 @@ def test_dtype_policy(weights: torch.dtype, dtype, expected: torch.dtype) -> Non
     torch.testing.assert_close(averages(ema)["weight"].double(), model.weight.double(), rtol=8e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu],
+    ids=str,
+)
+def test_weights_of_8_bits_are_averaged_in_float32(dtype: torch.dtype) -> None:
+    model = nn.Linear(1, 1)
+    model.table = nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
+    ema = ewma.ModelEMA(model, half_life=1)
+    ema.update()
+    model.table.data = torch.full((4,), 4.0).to(dtype)
+    ema.update()
+    torch.testing.assert_close(averages(ema)["table"], torch.full((4,), 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_complex_weights_of_16_bits_are_averaged_in_32() -> None:
+    model = nn.Module()
+    model.wave = nn.Parameter(torch.tensor([1 + 2j], dtype=torch.complex32))
+    ema = ewma.ModelEMA(model, half_life=1)
+    ema.update()
+    model.wave.data = torch.tensor([4 - 1j], dtype=torch.complex32)
+    ema.update()
+    torch.testing.assert_close(averages(ema)["wave"], torch.tensor([3 + 0j], dtype=torch.complex64))
+
+
+def test_averages_become_as_precise_as_the_model_does(small: Small) -> None:
+    ema = ewma.ModelEMA(small, half_life=1)
+    ema.update()
+    small.double()
+    nn.init.constant_(small.first.weight, 1.0 + 1e-12)
+    ema.update()
+    ema.update(100.0)
+    torch.testing.assert_close(averages(ema)["first.weight"], small.first.weight.detach(), rtol=0, atol=1e-15)
+    small.half()
+    ema.update()
+    assert averages(ema)["first.weight"].dtype == torch.float64
+
+
 # NaN and infinity
 
 
@@ -872,6 +911,19 @@ def test_tied_and_untied_models_load_each_others_files(tmp_path: Path) -> None:
         assert torch.equal(averages(untied)["1.weight"], averages(tied)["0.weight"])
 
 
+def test_a_tie_made_midway_is_one_average_under_every_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    ema = ewma.ModelEMA(model, decay=DECAY)
+    ema.update()
+    model[1].weight = model[0].weight
+    ema.update()
+    state = ema.state_dict()
+    assert state["averages"]["average"]["1.weight"] is state["averages"]["average"]["0.weight"]
+    other = ewma.ModelEMA(model, decay=DECAY)
+    other.load_state_dict(state)
+    assert torch.equal(averages(other)["0.weight"], averages(ema)["0.weight"])
+
+
 def test_buffers_of_another_shape_are_refused(small: Small, sgd) -> None:
     ema = ewma.ModelEMA(small, decay=DECAY).attach(sgd)
     train(small, sgd, 2)
@@ -891,6 +943,7 @@ def test_nothing_to_average_yet() -> None:
     [
         ({"profile": ewma.Uniform(), "debias": False}, TypeError, "debias= belongs to the profile"),
         ({"decay": 0.9, "only": 5}, TypeError, "only must be globs"),
+        ({"profile": {1: ewma.Uniform()}}, TypeError, "several profiles go by names, .*; got 1 as one"),
         ({"decay": 0.9, "dtype": "bfloat16"}, ValueError, "or torch.bfloat16; got 'bfloat16'"),
     ],
 )

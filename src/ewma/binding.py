@@ -28,9 +28,6 @@ Only: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool] | None
 ROUNDED_BELOW = 2.0**-12
 """A float32 loses steps below 6e-8 of itself: under this coefficient an average is rounded stochastically."""
 
-WIDENED = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-"""Weights of these dtypes are averaged in float32."""
-
 
 @dataclass(frozen=True)
 class Policy:
@@ -52,9 +49,10 @@ class Policy:
         real = named.tensor.is_floating_point() or named.tensor.is_complex()
         if named.is_parameter:
             return "raw" if not self.selects(named) else "averaged" if real else "copied"
-        if not real or self.buffers == "copy" or not named.persistent:  # what is not saved is a constant or a cache
-            return "copied"
-        return "averaged" if self.buffers == "average" else "raw"
+        if self.buffers == "leave" and (real or named.tensor.layout != torch.strided):
+            return "raw"
+        constant = not named.persistent  # what is not saved is a constant or a cache
+        return "copied" if not real or self.buffers == "copy" or constant else "averaged"
 
     def selects(self, named: Named) -> bool:
         if self.only is None:
@@ -77,9 +75,11 @@ class Policy:
             _real(average).nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan)
 
     def average_dtype(self, tensor: Tensor) -> torch.dtype:
-        if self.dtype == "auto" or tensor.is_complex():
-            return torch.float32 if tensor.dtype in WIDENED else tensor.dtype
-        return self.dtype
+        if self.dtype != "auto" and not tensor.is_complex():
+            return self.dtype
+        if tensor.dtype.itemsize == 1:  # float8 is promoted to nothing
+            return torch.float32
+        return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Binding:
@@ -199,7 +199,7 @@ class Binding:
         self._align()
 
     def _placed(self, named: Named, average: Tensor) -> Tensor:
-        """An average that is there already, moved to where its parameter lies by now."""
+        """An average that is there already, moved to where its parameter lies by now, as precise as that one."""
         if is_sharded(average) and not is_sharded(named.tensor):
             raise RuntimeError(
                 f"{named.name} was sharded at the last update, and now it is whole. If this ModelEMA averages a part "
@@ -208,6 +208,7 @@ class Binding:
             )
         if is_sharded(named.tensor):
             average = placed_like(average, named.tensor)
+        average = average.to(torch.promote_types(average.dtype, self.policy.average_dtype(named.tensor)))
         return offload.placed(average, named.tensor, self.policy.device)
 
     def _refuse_offloaded(self) -> None:

@@ -25,6 +25,7 @@ def write(
     `metadata` is for `read`; `told` stands beside it in plain text, for people and other tools. Tensors may share
     memory (tied weights): each name gets its own copy, since other tools expect every name.
     """
+    import torch
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -33,13 +34,27 @@ def write(
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
-        tied = tensor.numel() > 0 and tensor.data_ptr() in seen
-        seen.add(tensor.data_ptr())
+        if tensor.layout != torch.strided:
+            raise TypeError(_unfit(name, tensor.layout))
+        memory = tensor.untyped_storage().data_ptr()
+        tied = tensor.numel() > 0 and memory in seen
+        seen.add(memory)
         separate[name] = tensor.detach().clone().contiguous() if tied else tensor.detach().contiguous()
     with _replacing(path) as temporary:
         # "format": "pt" is what transformers asks of a file before it loads one.
         ours = json.dumps({"format": FORMAT, **metadata})
-        save_file(separate, temporary, {"format": "pt", **told, "ewma": ours})
+        try:
+            save_file(separate, temporary, {"format": "pt", **told, "ewma": ours})
+        except KeyError as error:  # a dtype that it has no name for
+            name = next(name for name, tensor in separate.items() if tensor.dtype == error.args[0])
+            raise TypeError(_unfit(name, error.args[0])) from error
+
+
+def _unfit(name: str, kind: object) -> str:
+    return (
+        f"{name}: a safetensors file cannot hold {kind}. Register a constant with persistent=False; or save the state "
+        f"instead of the file: torch.save(ema.state_dict(), path)."
+    )
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -36,8 +36,8 @@ class Named:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel, AveragedModel and `torch.compile`."""
     while True:
-        inner = model._modules.get("module") if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")
-        if inner is None:
+        inside = "module" if isinstance(model, _WRAPPERS) else "_orig_mod"
+        if inside not in model._modules or (inner := model._modules[inside]) is None:  # scripted modules have no get
             return model
         model = inner
 

@@ -38,7 +38,7 @@ def watch(model: nn.Module, tensors: Sequence[Tensor]) -> Callable[[], bool]:
 def _watch(model: nn.Module, watched: list[Tensor]) -> Callable[[], bool]:
     tables = [table for module in model.modules() for table in (module._parameters, module._buffers, module._modules)]
     members = [member for table in tables for member in table.values()]
-    if not kernels.missing():
+    if not kernels.missing() and all(isinstance(table, dict) for table in tables):  # a scripted module's are none
         from ewma.kernels import _native
 
         exchange = torch.Tensor.__dlpack_c_exchange_api__

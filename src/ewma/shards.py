@@ -103,7 +103,11 @@ def write(target: Tensor, source: Tensor) -> None:
     Communicates only where the source is sharded in another way than the target.
     """
     if target is not source:
-        local(target).copy_(local(placed_like(source, target)))
+        into, values = local(target), local(placed_like(source, target))
+        for dim, step in enumerate(into.stride()):
+            if step == 0 and into.shape[dim] > 1:  # expanded: one place in memory, which may be written once
+                into, values = into.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+        into.copy_(values)
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:

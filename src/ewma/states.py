@@ -32,6 +32,8 @@ def collect(ema: ModelEMA) -> dict[str, Any]:
     known = ema.updated or not any(named.tensor.is_meta or is_lazy(named.tensor) for named in named_tensors(ema.model))
     binding = ema.bind() if known else None
     present = {named.name: named.names for named in binding.averaged} if binding else {}
+    absent = sorted(next(iter(ema.tracks.values())).averages.keys() - present.keys()) if binding else []
+    names = {**{name: (name,) for name in absent}, **present}
     state = {
         "format": files.FORMAT,
         "kind": "ModelEMA",
@@ -41,11 +43,11 @@ def collect(ema: ModelEMA) -> dict[str, Any]:
         **ema.step_state(),
         "tracks": {name: track.clock_state() for name, track in ema.tracks.items()},
         "averages": {
-            name: {alias: average for own, average in track.averages.items() for alias in present.get(own, (own,))}
+            name: {alias: track.averages[own] for own, aliases in names.items() for alias in aliases}
             for name, track in ema.tracks.items()
             if binding
         },
-        "absent": sorted(next(iter(ema.tracks.values())).averages.keys() - present.keys()) if binding else [],
+        "absent": absent,
         "copies": {n.name: ema.copies[n.name] for n in binding.copied if n.persistent} if binding else {},
     }
     raw = swapping.raw_weights(ema.model)

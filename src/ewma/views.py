@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ewma import files, states, swapping
 from ewma.names import Named, mismatch, named_tensors, unwrap
 from ewma.profiles import Profile
-from ewma.shards import has_fsdp, is_sharded, reshard, write
+from ewma.shards import has_fsdp, is_sharded, reshard
 
 if TYPE_CHECKING:
     from ewma.tracks import Track
@@ -53,7 +53,8 @@ class Readable(ABC):
                 yield named.name, track.averages[named.name]
 
     def swapped(self, stash: swapping.Stash = None) -> AbstractContextManager[None]:
-        """The averages are in the model for the duration of a `with`; then the raw weights are back, bit for bit.
+        """The averages are in the model for the duration of a `with`, or of a function that is decorated with it; then
+        the raw weights are back, bit for bit.
 
         The raw weights are kept aside meanwhile, in one copy: beside the weights, or with stash="cpu" in host memory.
         The averages do not move. Exceptions and Ctrl-C restore; swaps nest, also those of several profiles. Updating
@@ -64,7 +65,7 @@ class Readable(ABC):
         themselves call torch.optim.swa_utils.update_bn(loader, model) inside.
         """
         ema, track = self._read()
-        return swapping.swapped(ema.model, self._pairs() if track.updated else _as_they_are(ema.model), stash)
+        return swapping.swapped(ema.model, lambda: self._pairs() if track.updated else _as_they_are(ema.model), stash)
 
     def copy_to(self, model: nn.Module | None = None) -> None:
         """Write the averages into the model for good; or into another one with the same names and shapes.
@@ -89,8 +90,7 @@ class Readable(ABC):
                 raise ValueError(problem)
             pairs = [(named.tensor, mine[name][1]) for name, named in theirs.items()]
         with torch.no_grad():
-            for live, source in pairs:
-                write(live, source)
+            swapping.put(pairs)
 
     def module(self) -> nn.Module:
         """A frozen evaluation module that holds the averages: a teacher, or what to export.
@@ -108,13 +108,24 @@ class Readable(ABC):
                 "in the model itself: with ema.swapped()."
             )
         memo: dict[int, Any] = {}
+        given: dict[str, Tensor] = {}
         left = {id(named.tensor) for named in ema.bind().raw if not named.is_parameter}
         for named, source in self._sources():
             if id(named.tensor) not in left:
                 value = source.detach().to(named.tensor)
-                memo[id(named.tensor)] = nn.Parameter(value, requires_grad=False) if named.is_parameter else value
-        teacher = copy.deepcopy(unwrap(ema.model), memo)
-        return teacher.eval().requires_grad_(False)
+                given[named.name] = nn.Parameter(value, requires_grad=False) if named.is_parameter else value
+                memo[id(named.tensor)] = given[named.name]
+        for module in unwrap(ema.model).modules():
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and not value.is_leaf:  # made anew by every forward; deepcopy refuses it
+                    memo[id(value)] = value.detach().clone()
+        teacher = copy.deepcopy(unwrap(ema.model), memo).eval()
+        held = {named.name: named.tensor for named in named_tensors(teacher)}
+        with torch.no_grad():  # what is copied in a way of its own, as a scripted module, has memory of its own
+            swapping.put([(held[name], value) for name, value in given.items()])
+        for parameter in teacher.parameters():
+            parameter.detach_()
+        return teacher
 
     def tensors(self) -> dict[str, Tensor]:
         """The averaged model's state dict under canonical names, tied tensors under each of theirs.
@@ -194,14 +205,18 @@ class Readable(ABC):
         yield from ((named, named.tensor.detach()) for named in binding.raw)
 
     def _pairs(self) -> list[swapping.Pair]:
-        left = {named.name for named in self._read()[0].bind().raw if named.is_parameter}
+        left = {named.name for named in self._read()[0].bind().raw if named.is_parameter or not _dense(named)}
         return [(named.tensor, source) for named, source in self._sources() if named.name not in left]
 
 
 def _as_they_are(model: nn.Module) -> list[swapping.Pair]:
     """The weights in their own place: nothing is swapped, but all of it is put back afterwards."""
-    tensors = [named.tensor for named in named_tensors(model) if not nn.parameter.is_lazy(named.tensor)]
-    return [(tensor, tensor.detach()) for tensor in tensors]
+    return [(named.tensor, named.tensor.detach()) for named in named_tensors(model) if _dense(named)]
+
+
+def _dense(named: Named) -> bool:
+    """Whether it can be written into. What is sparse is a constant, which nothing writes."""
+    return not nn.parameter.is_lazy(named.tensor) and named.tensor.layout == torch.strided
 
 
 class View(Readable):

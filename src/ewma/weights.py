@@ -115,6 +115,10 @@ class ModelEMA(Readable):
         one_of("ranks", ranks, ("first", "average", "alone"))
         knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
         several = profile if isinstance(profile, Mapping) and profile else {"average": profile}
+        if unnamed := [name for name in several if not isinstance(name, str)]:
+            raise TypeError(
+                f'several profiles go by names, {{"fast": Exponential(half_life=500)}}; got {unnamed[0]!r} as one'
+            )
         self.tracks = {
             name: Track(profiles.resolve("ModelEMA(model, ", each, debias, **knobs)) for name, each in several.items()
         }

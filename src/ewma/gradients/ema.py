@@ -388,7 +388,7 @@ class GradientEMA:
         return {
             name: (
                 self._square(average),
-                summed(torch.nansum(local(self.squares[name]), dtype=torch.float64), average),
+                summed(torch.nansum(_real(local(self.squares[name])), dtype=torch.float64), average),
                 self.track.clock_of(name).concentration,
             )
             for name, average in averages.items()
