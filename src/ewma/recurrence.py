@@ -114,12 +114,12 @@ class Recurrence:
             self.time += elapsed
 
     def _become(self, taken: Any, numbers: tuple[Scalar, ...]) -> None:
+        if isinstance(self.weight, float):
+            self.time, self.weight, self.residue, self.count, self.concentration = numbers
+            return
         for name, new in zip(self.NUMBERS, numbers, strict=True):
             old = getattr(self, name)
-            if isinstance(old, float):
-                setattr(self, name, new)
-            else:
-                old.copy_(choose(taken, new, old))
+            old.copy_(choose(taken, new, old))
 
     def on_device(self, like: Any) -> None:
         """Keep the numbers as float64 tensors from now on, beside the tensor `like`."""

@@ -61,6 +61,12 @@ def carry(weight: Scalar, keep: Scalar, lost: Scalar, gain: Scalar) -> Scalar:
     return choose(lost > 0.5, keep * weight + gain, weight + (gain - lost * weight))
 
 
+def change(forgetting: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+    """`(keep, 1 - keep, gain)` of an update that forgets so much, by time."""
+    lost = -call("expm1", -forgetting)
+    return call("exp", -forgetting), lost, lost
+
+
 def check_profile(profile: Any) -> Profile:
     if not isinstance(profile, Profile):
         raise TypeError(f"profile must be a profile, such as Power(sigma_rel=0.1); got {profile!r}")
@@ -83,9 +89,7 @@ class Profile:
 
     def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
         """`(keep, lost, gain)` with `lost = 1 - keep`: both to full precision, whichever of them is the small one."""
-        forgetting = self.forgetting(time, elapsed)
-        lost = -call("expm1", -forgetting)
-        return call("exp", -forgetting), lost, lost
+        return change(self.forgetting(time, elapsed))
 
     def step(self, time: float, elapsed: float = 1.0) -> tuple[float, float]:
         """`(keep, gain)` of the update that ends at `time`, `elapsed` after the one before.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from ewma.profiles.base import LN2, Profile, Scalar, above_zero, in_range, log1p, plain
+from ewma.profiles.base import LN2, Profile, Scalar, above_zero, change, in_range, log1p, plain
+
+_known_change = functools.lru_cache(change)  # nearly every step elapses the same
 
 KNOBS = ("half_life", "decay", "alpha", "span", "com")
 
@@ -68,6 +71,9 @@ class Exponential(Profile):
 
     def forgetting(self, time: Scalar, elapsed: Scalar) -> Scalar:
         return self.rate * elapsed
+
+    def change(self, time: Scalar, elapsed: Scalar) -> tuple[Scalar, Scalar, Scalar]:
+        return _known_change(self.rate * elapsed) if isinstance(elapsed, float) else super().change(time, elapsed)
 
     @property
     def decay(self) -> float:
