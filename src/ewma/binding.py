@@ -108,6 +108,9 @@ class Binding:
         """Whether any of the tensors has changed since: complete, and cheap enough for every step."""
         self.free = not (policy.capturable or self.copies_from) and all(update.free for update, _, _ in self.updates)
         """Whether a float's worth of elapsed runs no torch operation, so that no mode needs to be entered for it."""
+        self.begun = all(track.updated for track in tracks)
+        """Whether all tracks have averaged something. What `fill` writes until then may need care: the first update is
+        prepared for what is there."""
 
     @property
     def averaged(self) -> list[Named]:
@@ -148,15 +151,18 @@ class Binding:
         """
         counts = [track.clock.count + 0.0 for track in self.tracks]  # of updates before this one
         coefficients = [clock.advance(elapsed) for clock in self.clocks]
-        for track in self.tracks:
-            track.updated = True
+        if not self.begun:
+            self.begun = True
+            for track in self.tracks:
+                track.updated = True
         for update, used, dtype in self.updates:
-            mine = [coefficients[number] for number in used]
             words = [
-                word(seed, count) if _stalls(dtype, coefficients[number], self.clocks[number], at_most) else None
-                for count, number in zip(counts, used, strict=True)
+                word(seed, counts[place])
+                if _stalls(dtype, coefficients[number], self.clocks[number], at_most)
+                else None
+                for place, number in enumerate(used)
             ]
-            update(mine, words)
+            update([coefficients[number] for number in used], words)
         if self.copies_from:
             self.copy_over()
 

@@ -349,10 +349,11 @@ class ModelEMA(Readable):
             return
         self.refuse_if_swapped()
         self.ranks.apart = True
-        if not all(track.updated for track in self.tracks.values()):
-            self._binding = None  # what `bind` filled in since may need care: the update is prepared for what is there
-        if self._binding and self._binding.free and isinstance(elapsed, float) and not self._binding.moved():
-            self._binding.run(elapsed, at_most, self.seed)
+        binding = self._binding
+        if binding and not binding.begun:
+            binding = self._binding = None
+        if binding and binding.free and isinstance(elapsed, float) and not binding.moved():
+            binding.run(elapsed, at_most, self.seed)
             return
         # Averages made or written in inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
