@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import os
 import warnings
 from collections.abc import Iterator
@@ -319,6 +320,31 @@ def test_any_strides(view: Any, lost: float, dtype: str) -> None:
     untouched = numpy.ones_like(out, bool)
     view(untouched)[...] = False
     assert numpy.isnan(out[untouched]).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("apart", [0, 1, 2])
+@pytest.mark.parametrize("inner", [1, 64])
+def test_steps_of_an_array_larger_than_this_machine(apart: int, inner: int, dtype: str) -> None:
+    """Room is reserved but never filled: along one axis, what is touched lies more than 2**32 elements apart."""
+    steps = [inner, inner, 1]
+    steps[apart] = 2**32 + 5
+    shape = [1, 40, inner]
+    shape[apart] = 3
+    whole = mmap.mmap(-1, 4 * steps[apart] * numpy.dtype(dtype).itemsize, flags=0x4022)  # private, without reserve
+    room = numpy.frombuffer(whole, dtype)
+    far = numpy.lib.stride_tricks.as_strided(room, shape, [step * room.itemsize for step in steps])
+    x = values(*shape, dtype=dtype)
+    far[...] = x
+    got, _, right = ran(far, 0.1)
+    assert error(got, right) <= 1.01 * ROUNDING[dtype]
+    out = numpy.empty_like(x)
+    assert _native.mean(far, out, None, 0.0, 0.1, True, 2)
+    near = numpy.empty_like(x)
+    assert _native.mean(x, near, None, 0.0, 0.1, True, 2)
+    numpy.testing.assert_array_equal(out, near)
+    assert _native.mean(x, far, None, 0.0, 0.1, True, 2)
+    numpy.testing.assert_array_equal(far, near)
 
 
 @pytest.mark.parametrize(("x_dtype", "dtype"), list(itertools.permutations("fde", 2)))
