@@ -18,11 +18,7 @@ def is_tensor(x: Any) -> bool:
 
 def module_of(x: Array) -> Any:
     """numpy or torch: what has the functions for x."""
-    if is_tensor(x):
-        return sys.modules["torch"]
-    import numpy
-
-    return numpy
+    return sys.modules["torch" if is_tensor(x) else "numpy"]
 
 
 def is_real(x: Array) -> bool:

@@ -80,11 +80,12 @@ def alike(moments: Moments, xs: tuple[Array, ...], terms: Terms) -> Averaged | N
             means, spreads, missed = averages
             return None if missed else Averaged(means, spreads, weights, *counted)
     bases = tuple(map(base_of, xs))
-    if in_place and not moments.wanted:
+    kernel = kernels.compiled()
+    if in_place and not moments.wanted and kernel is not None:
         rooms = tuple(module_of(x).empty_like(x, dtype=module_of(x).float64) for x in xs)
         before_all = moments.means if weight else (None,) * len(xs)
         done = [
-            passes.mean(x, room, start, held, terms.lost, rule.debias)
+            kernel.mean(x, room, start, held, terms.lost, rule.debias)
             for x, room, start in zip(xs, rooms, before_all, strict=True)
         ]
         if any(finite is False for finite in done):

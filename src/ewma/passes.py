@@ -31,23 +31,6 @@ def lend(arrays: Sequence[Array]) -> tuple[Any, ...] | None:
     return None if lent is None or any(array is None for array in lent) else lent
 
 
-def mean(x: Array, out: Array, start: Array | None, held: Any, lost: float, debias: bool) -> bool | None:
-    """Write the running mean of steps that are all alike, in one pass; see `ewma.kernels.compiled_scan.mean`.
-
-    False where it is not finite; None, with nothing done, where one of the arrays is not for the compiled kernel, or
-    that does not serve.
-    """
-    kernel = kernels.compiled()
-    if kernel is None:
-        return None
-    if start is not None:
-        if (start := kernel.lend(start)) is None:
-            return None
-        start = numpy.ascontiguousarray(numpy.broadcast_to(start, (x.shape[0], 1, x.shape[2])))
-    made: bool | None = kernel.mean(x, out, start, held, lost, debias)
-    return made
-
-
 def weigh(
     rule: Rule, terms: Terms, xs: Sequence[Any], shape: Shape, elapsed: Any, before: Sequence[Any], room: Room
 ) -> tuple[Weights, Array, Array, Array] | None:

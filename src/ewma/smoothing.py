@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ewma import rules, stamps
 from ewma.arrays import is_tensor
-from ewma.moments import Moments, standardized_before
+from ewma.moments import standardized_before
 from ewma.profiles import Profile, bare_number
 from ewma.ratios import correlated
 from ewma.recurrence import Weigh
@@ -85,7 +85,7 @@ def smooth(
     >>> smooth([4.0, 1.0, 6.0], alpha=0.5)
     [4.0, 2.0, 4.285714285714286]
     """
-    if isinstance(profile, Real):
+    if profile is not None and isinstance(profile, Real):
         raise TypeError(bare_number("smooth(x, ", profile))
     series = ewm(
         x,
@@ -200,11 +200,10 @@ class ewm:
     def _each(
         self, statistic: Statistic, *wanted: tuple[int, int], y: Any = None, out: Any = None, results: int = 1
     ) -> list[Any]:
-        series = [self._x, self._beside(y)] if COVARIANCE in wanted else [self._x]
-        moments = Moments(self._rule, wanted)
-        if self._initial is not None:
-            moments.begin_at((self._initial,) * len(series))
-        return sweep(moments, series, self._elapsed, self._needed, statistic, results, out)
+        series = (self._x, self._beside(y)) if COVARIANCE in wanted else (self._x,)
+        return sweep(
+            self._rule, self._initial, series, self._elapsed, self._needed, statistic, wanted, results=results, out=out
+        )
 
     def _beside(self, y: Any) -> Series:
         """A second series, of x's shape and on its device."""

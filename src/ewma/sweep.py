@@ -18,6 +18,7 @@ import numpy
 
 from ewma import kernels, whole
 from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
+from ewma.averaging import Pair
 from ewma.columns import Vector
 from ewma.moments import Chunk, Moments
 from ewma.ratios import root
@@ -39,45 +40,53 @@ Statistic: TypeAlias = Callable[[Chunk, Moments, tuple[Array, ...]], tuple[Array
 
 
 def sweep(
-    moments: Moments,
+    rule: Rule,
+    start: Array | None,
     series: Sequence[Series],
     elapsed: Vector | None,
     needed: int,
     statistic: Statistic,
+    wanted: tuple[Pair, ...] = (),
+    *,
     results: int = 1,
     out: Any = None,
 ) -> list[Any]:
     """Take in whole series and give what `statistic` makes of them, packed as the first one came.
 
     Args:
-        moments: where they begin; for each series alike.
+        rule: how the steps weigh.
+        start: the mean before the first, of shape (outer, 1, inner), for each series alike; None where there is none.
         elapsed: what passed before each step; None for one unit each.
         needed: how many values must have been observed, for there to be a result.
+        wanted: the second moments that `statistic` needs.
         results: how many arrays `statistic` gives.
         out: where to write the only result, if not to a new array.
     """
     first = series[0]
     outer, n, inner = first.shape
     arrays = [one.array.reshape(outer, n, inner) for one in series]
-    if moments.rule.missing == "raise":
+    if rule.missing == "raise":
         for array in arrays:
             raise_for_missing(array)
-    if needs_gradient(*arrays, moments.rule.alpha, *moments.means):
+    if is_tensor(first.array) and needs_gradient(*arrays, rule.alpha, start):
         _refuse(out)
         quick = statistic is mean_of and elapsed is None and needed <= 1 and first.array.numel()
-        if quick and not needs_gradient(moments.rule.alpha, *moments.means):
+        if quick and not needs_gradient(rule.alpha, start):
             with numpy.errstate(all="ignore"):
-                made = whole.remembering(moments, arrays[0])
+                made = whole.remembering(rule, start, arrays[0])
             if made is not None:
                 return [first.pack(made.reshape(first.array.shape))]
-        given = _advance(moments, arrays, elapsed, 0, needed, statistic) if first.array.numel() else arrays * results
+        given: Sequence[Array] = arrays * results
+        if first.array.numel():
+            given = _advance(_begun(rule, wanted, start, len(series)), arrays, elapsed, 0, needed, statistic)
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in given]
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
-    if elapsed is None and made[0] is not first.array and _at_once(moments, arrays[0], statistic, views):
+    if elapsed is None and made[0] is not first.array and _at_once(rule, start, arrays[0], statistic, views):
         for view in views if needed > 1 else ():
             view[:, : needed - 1] = math.nan
         return [_give(first, array, out) for array in made]
+    moments = _begun(rule, wanted, start, len(series))
 
     def group(lanes: tuple[slice, slice]) -> None:
         rows, columns = lanes
@@ -118,13 +127,21 @@ class Spread:
 KINDS = ("variance", "deviation", "bands")
 
 
-def _at_once(moments: Moments, x: Array, statistic: Statistic, outs: Sequence[Array]) -> bool:
+def _at_once(rule: Rule, start: Array | None, x: Array, statistic: Statistic, outs: Sequence[Array]) -> bool:
     """Write a mean or a spread of whole series in one compiled pass, where that can be."""
     if statistic is mean_of:
-        return whole.mean(moments, x, outs[0])
+        return whole.mean(rule, start, x, outs[0])
     return isinstance(statistic, Spread) and whole.spread(
-        moments, x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
+        rule, start, x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
     )
+
+
+def _begun(rule: Rule, wanted: tuple[Pair, ...], start: Array | None, several: int) -> Moments:
+    """The moments of so many series before their first step."""
+    moments = Moments(rule, wanted)
+    if start is not None:
+        moments.begin_at((start,) * several)
+    return moments
 
 
 def mean_of(chunk: Chunk, prior: Moments, xs: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -27,8 +27,8 @@ def mean(x: Array, out: Array, start: Any, held: float, lost: float, debias: boo
 
     Args:
         x, out: of shape (outer, n, inner), of any layout, sharing no memory.
-        start: the means before the first step, a float64 NumPy array of a number for each series; or None, for each
-            series' first value.
+        start: the means before the first step, float64, of a shape that broadcasts to (outer, 1, inner); or None, for
+            each series' first value.
         held: what they weigh, in steps.
         lost: what each step takes from what was.
         debias: share is 1 over the weight of all values so far, `weight[t] = weight[t-1] + (1 - lost * weight[t-1])`
@@ -36,10 +36,10 @@ def mean(x: Array, out: Array, start: Any, held: float, lost: float, debias: boo
 
     True where all stayed finite; None, with nothing done, where x or out are not for this kernel.
     """
-    lent, target = lend(x), lend(out)
-    if lent is None or target is None:
+    lent, target, begin = lend(x), lend(out), None if start is None else _starts(start, x)
+    if lent is None or target is None or (start is not None and begin is None):
         return None
-    return _native.mean(lent, target, start, held, lost, debias, threads(x))
+    return _native.mean(lent, target, begin, held, lost, debias, threads(x))
 
 
 def spread(
@@ -63,9 +63,17 @@ def spread(
     True where all stayed finite and no mean hides its values' digits; None as with `mean`.
     """
     lent, targets = lend(x), tuple(map(lend, outs))
-    if lent is None or any(target is None for target in targets):
+    begin = None if start is None else _starts(start, x)
+    if lent is None or any(target is None for target in targets) or (start is not None and begin is None):
         return None
-    return _native.spread(lent, targets, start, held, terms.lost, terms.keep, debias, kind, k, unbiased, threads(x))
+    return _native.spread(lent, targets, begin, held, terms.lost, terms.keep, debias, kind, k, unbiased, threads(x))
+
+
+def _starts(start: Array, x: Array) -> Any:
+    """A number for each series, side by side; None where there are none to be lent."""
+    lent = lend(start)
+    shape = x.shape[0], 1, x.shape[2]
+    return None if lent is None else numpy.ascontiguousarray(numpy.broadcast_to(lent, shape))
 
 
 def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, most: int) -> bool:
