@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -424,6 +425,56 @@ def test_a_resumed_run_goes_on_bit_for_bit(squares: bool, tmp_path: Any) -> None
     assert resumed.count == 10
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("hook", [True, False])
+def test_a_copy_filters_the_optimizer_that_was_copied_with_it(duplicate: Any, hook: bool) -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    ema = GradientEMA(optimizer, **SLOW, hook=hook, squares=True)
+    for size in (1.0, 2.0):
+        weight.grad = torch.full((2,), size)
+        optimizer.step() if hook else ema.apply()
+    twin, its_optimizer = duplicate((ema, optimizer))
+    its_weight = its_optimizer.param_groups[0]["params"][0]
+    for each, parameter, stepping in (ema, weight, optimizer), (twin, its_weight, its_optimizer):
+        parameter.grad = torch.full((2,), 3.0)
+        stepping.step() if hook else each.apply()
+    assert torch.equal(its_weight.grad, weight.grad)
+    assert weight.grad[0] > 3.0
+    assert twin.count == ema.count == 3
+    assert torch.equal(twin.norm(), ema.norm())
+    twin.detach()
+    weight.grad = torch.full((2,), 3.0)
+    optimizer.step() if hook else ema.apply()
+    assert (twin.count, ema.count) == (3, 4)
+
+
+def test_a_saved_state_goes_where_the_gradients_are() -> None:
+    def filtering(device: str) -> tuple[GradientEMA, nn.Parameter]:
+        weight = nn.Parameter(torch.zeros(2, device=device))
+        weight.grad = torch.ones(2, device=device)
+        return GradientEMA(torch.optim.SGD([weight], lr=0.0), **SLOW, hook=False, squares=True), weight
+
+    saved, _ = filtering("cpu")
+    saved.apply()
+    ema, weight = filtering("meta")
+    ema.load_state_dict(saved.state_dict())
+    ema.apply()
+    assert dict(ema.named_gradients())["0.0"].device == weight.grad.device
+    assert ema.squares is not None
+    assert ema.squares["0.0"].device == weight.grad.device
+
+
+def test_a_step_without_any_gradient_does_not_count() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    ema = GradientEMA(optimizer, **SLOW)
+    for gradient in (None, torch.ones(2), None, torch.ones(2)):
+        weight.grad = gradient
+        optimizer.step()
+    assert ema.count == 2
+
+
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
     parameters = weights(2, 3)
     optimizer = Recorder(parameters)
@@ -537,7 +588,8 @@ def test_lbfgs_is_refused_with_a_reason() -> None:
         ({"half_life": 3.0, "start": -1}, ValueError, "start must be a whole number of steps, 0 or more; got -1"),
         ({"half_life": 3.0, "nonfinite": "no"}, ValueError, "nonfinite must be one of 'skip', 'propagate'; got 'no'"),
         ({"half_life": 3.0, "sparse": "no"}, ValueError, "sparse must be one of 'error', 'densify'; got 'no'"),
-        ({"model": 100.0}, TypeError, r"an nn\.Module; got float\. A half-life goes by name"),
+        ({"model": 100.0}, TypeError, r"an nn\.Module; got float\. .* GradientEMA\(optimizer, half_life=\.\.\.\)"),
+        ({"model": ewma.Uniform()}, TypeError, r"got Uniform\. .* GradientEMA\(optimizer, profile=Uniform\(\)\)"),
     ],
 )
 def test_bad_arguments_are_refused(how: dict[str, Any], error: Any, text: str) -> None:

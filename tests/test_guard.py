@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ewma import GradientEMA
+from ewma import GradientEMA, ModelEMA
 from ewma.gradients import SpikeGuard
 
 DECAY = 0.5 ** (1 / 25)
@@ -289,6 +291,65 @@ def test_before_a_filter_a_skipped_step_is_not_averaged(fused: bool) -> None:
     set_gradients(parameters, [100.0])
     optimizer.step()
     assert dict(ema.named_gradients())["0.0"].item() == 1.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("guard_first", [False, True])
+def test_a_skipped_step_does_not_count_whatever_was_attached_first(fused: bool, guard_first: bool) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused)
+    guard, ema = SpikeGuard(), ModelEMA(model, half_life=10.0)
+    if guard_first:
+        guard.attach(optimizer, skip=True)
+    ema.attach(optimizer)
+    if not guard_first:
+        guard.attach(optimizer, skip=True)
+    filtering = GradientEMA(optimizer, half_life=10.0)
+    warm(optimizer, parameters, [[1.0]])
+    average = dict(ema.named_parameters())["weight"].clone()
+    for size in (100.0, math.nan):
+        set_gradients(parameters, [[size]])
+        optimizer.step()
+    assert (ema.count, filtering.count) == (30, 30)
+    assert torch.equal(dict(ema.named_parameters())["weight"], average)
+    guard.detach()
+    set_gradients(parameters, [[100.0]])
+    optimizer.step()
+    assert (ema.count, filtering.count) == (31, 31)
+
+
+def test_a_step_that_breaks_off_leaves_nothing_behind() -> None:
+    parameters = parameters_of([1.0])
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    SpikeGuard().attach(optimizer, skip=True)
+    warm(optimizer, parameters, [1.0])
+
+    def breaks(*anything: Any) -> None:
+        raise ValueError("broken off")
+
+    handle = optimizer.register_step_pre_hook(breaks)
+    set_gradients(parameters, [100.0])
+    with pytest.raises(ValueError, match="broken off"):
+        optimizer.step()
+    handle.remove()
+    before = parameters[0].detach().clone()
+    set_gradients(parameters, [1.0])
+    optimizer.step()
+    assert not torch.equal(parameters[0], before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_unattached(duplicate: Callable[[Any], Any]) -> None:
+    parameters = parameters_of([1.0])
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    guard = SpikeGuard().attach(optimizer)
+    warm(optimizer, parameters, [1.0])
+    twin = duplicate(guard)
+    set_gradients(parameters, [1.0])
+    optimizer.step()
+    assert (twin.count, guard.count) == (30, 31)
+    twin.attach(optimizer)
 
 
 def test_sparse_gradients_are_watched_too() -> None:

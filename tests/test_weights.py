@@ -187,6 +187,20 @@ def test_only_the_selected_are_averaged(small: Small, sgd, only, expected: set[s
             assert torch.equal(parameter, raw[name]) == (name not in expected or name == "first.bias")
 
 
+def test_a_predicate_is_asked_again_when_something_is_frozen_or_unfrozen(small: Small) -> None:
+    small.first.requires_grad_(False)
+    ema = ewma.ModelEMA(small, decay=DECAY, only=lambda name, parameter: parameter.requires_grad)
+    ema.update()
+    assert "first.weight" not in averages(ema)
+    small.first.requires_grad_(True)
+    nn.init.constant_(small.first.weight, 5.0)
+    ema.update()
+    assert averages(ema)["first.weight"].unique().tolist() == [5.0]
+    small.last.requires_grad_(False)
+    ema.update()
+    assert "last.weight" not in averages(ema)
+
+
 def test_selecting_nothing_is_refused(small: Small) -> None:
     with pytest.raises(
         ValueError, match=r"only=\['head.\*'\] selects none of the model's parameters; some of them: fir"

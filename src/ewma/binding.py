@@ -105,6 +105,8 @@ class Binding:
         self.offloaded = [update for update, _, _ in self.updates if isinstance(update, offload.OffloadedLerp)]
         mine = [average for update, _, _ in self.updates for average in update.noted]
         self.moved = watch(model, [*(named.tensor for named in self.averaged + self.copied), *mine])
+        if callable(policy.only):
+            self.moved = _or_frozen(self.moved, [named.tensor for role in self.roles.values() for named in role])
         """Whether any of the tensors has changed since: complete, and cheap enough for every step."""
         self.free = not (policy.capturable or self.copies_from) and all(update.free for update, _, _ in self.updates)
         """Whether a float's worth of elapsed runs no torch operation, so that no mode needs to be entered for it."""
@@ -279,6 +281,12 @@ class Binding:
                 return number
         self.clocks.append(clock)
         return len(self.clocks) - 1
+
+
+def _or_frozen(moved: Callable[[], bool], tensors: list[Tensor]) -> Callable[[], bool]:
+    """Also whether any was frozen or unfrozen, by which a function often selects."""
+    trained = [tensor.requires_grad for tensor in tensors]
+    return lambda: moved() or [tensor.requires_grad for tensor in tensors] != trained
 
 
 def _stream(named: Named) -> int:

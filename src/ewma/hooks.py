@@ -9,6 +9,8 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+LEFT_OUT = "_ewma_left_out"
+
 
 def unwrap(optimizer: Any) -> Optimizer:
     """The optimizer whose hooks work: accelerate's and Lightning's wrappers have none of their own."""
@@ -48,13 +50,26 @@ def before_steps(optimizer: Any, act: Callable[[Optimizer], None]) -> RemovableH
     return unwrap(optimizer).register_step_pre_hook(torch.compiler.disable(pre_hook))
 
 
+def leave_out(optimizer: Optimizer, skips: Any) -> None:
+    """Note that the step under way moves nothing: a bool, or a 0-dim tensor where only the device knows. It holds until
+    the next is noted, whichever hooks run in between."""
+    optimizer.__dict__[LEFT_OUT] = skips
+
+
+def left_out(optimizer: Optimizer) -> Any:
+    """Whether the step under way moves nothing, by what was noted or by what a GradScaler has left to it."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return optimizer.__dict__.get(LEFT_OUT, False) if found_inf is None else found_inf.reshape(()) != 0
+
+
 def around_steps(
     optimizers: tuple[Any, ...], before: Callable[[], None], after: Callable[[Any], None]
 ) -> list[RemovableHandle]:
     """Run `before()` ahead of every optimizer's step, and `after(taken)` behind the last optimizer's.
 
     `taken` is True; or, where a GradScaler left the decision to a fused optimizer, a 0-dim bool tensor on the device.
-    (Without `fused=True` the scaler does not call `step` at all when it skips one.)
+    (Without `fused=True` the scaler does not call `step` at all when it skips one.) Behind a step that a guard is known
+    to have left out `after` is not run.
     """
     if not optimizers:
         raise TypeError("attach needs the optimizer whose steps to follow; got none. Write ema.attach(optimizer).")
@@ -64,8 +79,11 @@ def around_steps(
         before()
 
     def post_hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        after(True if found_inf is None else found_inf.reshape(()) == 0)
+        skips = left_out(optimizer)
+        if not isinstance(skips, bool):
+            after(~skips)
+        elif not skips:
+            after(True)
 
     # An optimizer step may be compiled; the hooks' bookkeeping is not part of anybody's graph.
     handles = [each.register_step_pre_hook(torch.compiler.disable(pre_hook)) for each in inner]

@@ -50,7 +50,7 @@ class ModelEMA(Readable):
             "leave" them out. Integers and bools are always copied.
         only: which parameters to average: globs over canonical names ("blocks.*", or a list), or a predicate
             (name, parameter) -> bool; a tied weight counts if any of its names does. What is left out stays raw in
-            `swapped` and is saved raw.
+            `swapped` and is saved raw. A predicate is asked again when parameters come, go, are frozen or unfrozen.
         nonfinite: "skip" leaves an average alone where the weight is NaN or infinite, and counts that in `skipped`;
             "propagate" does not look, which is a little faster.
         capturable: keep time, weight and count on the device, as a CUDA graph needs.
@@ -181,7 +181,7 @@ class ModelEMA(Readable):
             every: update at every k-th step only, with k steps' worth of elapsed: the horizon stays the same.
             elapsed: what one step counts for: 1, the batch size to count in samples, or a function that tells.
 
-        Gradient accumulation needs nothing; a step that GradScaler skips, fused or not, does not count.
+        Gradient accumulation needs nothing; a step that GradScaler skips, fused or not, or SpikeGuard, does not count.
         """
         if self._handles:
             raise RuntimeError("this ModelEMA is attached already; call ema.detach() before attaching it elsewhere")

@@ -102,9 +102,11 @@ class GradientEMA:
                 "needs the gradient of the loss itself. Use another optimizer, or LBFGS without GradientEMA."
             )
         if not (model is None or isinstance(model, nn.Module)):
+            came: Any = model
+            known = f"profile={came!r}" if isinstance(came, Profile) else "half_life=..."
             raise TypeError(
-                f"expected the model whose names to use, an nn.Module; got {type(model).__name__}. A half-life goes by "
-                f"name: GradientEMA(optimizer, half_life=...)."
+                f"expected the model whose names to use, an nn.Module; got {type(model).__name__}. How the past is "
+                f"weighted goes by name: GradientEMA(optimizer, {known})."
             )
         knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
         self.track = Track(profiles.resolve("GradientEMA(optimizer, ", profile, debias, **knobs))
@@ -130,6 +132,15 @@ class GradientEMA:
 
     def __repr__(self) -> str:
         return f"GradientEMA({self.profile!r}, raw={self.raw:g}, slow={self.slow:g}, count={self.count})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped: dict[str, Any] = {"_plan": [], "_signature": [], "_owners": [], "_names": {}}
+        return {**self.__dict__, **dropped, "_skipped": self.skipped, "_handle": self._handle is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy or pickle has an optimizer of its own, which has lost all hooks: it is filtered as the other is."""
+        self.__dict__.update(state)
+        self._handle = hooks.before_steps(self.optimizer, self._before_step) if state["_handle"] else None
 
     def __enter__(self) -> Self:
         return self
@@ -264,6 +275,8 @@ class GradientEMA:
             taken = found_inf.reshape(()) == 0.0
         factor = scale.item() if scale is not None and scale.is_cpu else scale
         present = self._present()
+        if not present:
+            return
         with torch.inference_mode(False):
             self._prepare(present)
         raw, slow = (self.raw, self.slow) if self.seen >= self.start else (1.0, 0.0)
@@ -341,9 +354,12 @@ class GradientEMA:
                     f"{name}: expected a gradient of shape {list(average.shape)}, as it was averaged so far; got "
                     f"{list(parameter.shape)}. If that is meant, call reset() to begin anew."
                 )
-            if self.squares is not None and name not in self.squares:
-                self.squares[name] = torch.full_like(average, self._nothing)
-            kind = (id(self.track.clock_of(name)), gradient.dtype, gradient.device)
+            self.track.averages[name] = average = average.to(gradient.device)
+            if self.squares is not None:
+                square = self.squares.get(name)
+                square = torch.full_like(average, self._nothing) if square is None else square.to(gradient.device)
+                self.squares[name] = square
+            kind = (id(self.track.clock_of(name)), gradient.dtype, average.dtype, gradient.device)
             groups.setdefault(kind, []).append(place)
         for places in groups.values():
             names = [present[place][0] for place in places]

@@ -88,6 +88,7 @@ class SpikeGuard:
         self._clipped: Scalar = 0.0
         self._missing: Scalar = 0.0
         self._handles: list[RemovableHandle] = []
+        self._optimizer: Optimizer | None = None
 
     def __repr__(self) -> str:
         return f"SpikeGuard(z={self.z:g}, warmup={self.warmup}, count={self.count}, clipped={self.clipped})"
@@ -137,7 +138,8 @@ class SpikeGuard:
         Args:
             skip: leave out the whole step instead, at a spike or where the norm is no finite number. A fused optimizer
                 is told on the device (`found_inf`); for others the gradients are set to None, which has to wait for the
-                device once a step: a gradient of zero would still move AdamW.
+                device once a step: a gradient of zero would still move AdamW. An attached ModelEMA or GradientEMA does
+                not count that step.
 
         Without skip a gradient that is not finite is left as it is. Attach it before a GradientEMA to cut what that one
         averages, after it to cut what it makes.
@@ -150,9 +152,9 @@ class SpikeGuard:
             self._before_step(optimizer, skip)
 
         def forget(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
-            if optimizer.__dict__.pop("_ewma_skips", False):
-                del optimizer.found_inf  # type: ignore[attr-defined]  # torch's own name for it
+            _forget(optimizer)
 
+        self._optimizer = inner
         self._handles = [hooks.before_steps(inner, act), inner.register_step_post_hook(torch.compiler.disable(forget))]
         return self
 
@@ -161,6 +163,13 @@ class SpikeGuard:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._optimizer is not None:
+            hooks.leave_out(self._optimizer, False)
+        self._optimizer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle is not attached to anything: optimizers drop their hooks likewise."""
+        return {**self.__dict__, "_handles": [], "_optimizer": None}
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to save: numbers and strings."""
@@ -243,6 +252,8 @@ class SpikeGuard:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, skip: bool) -> None:
+        _forget(optimizer)  # a step that was broken off has not
+        hooks.leave_out(optimizer, False)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return
@@ -268,10 +279,19 @@ class SpikeGuard:
                 optimizer.__dict__["_ewma_skips"] = True
                 found = torch.zeros((), dtype=torch.float32, device=skips.device)
             optimizer.found_inf = torch.maximum(found, skips.reshape(found.shape).to(found))  # type: ignore[attr-defined]
+            skips = hooks.left_out(optimizer)
+            hooks.leave_out(optimizer, bool(skips) if skips.is_cpu else skips)
         elif bool(spikes) or not bool(finite):
+            hooks.leave_out(optimizer, True)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
+
+
+def _forget(optimizer: Optimizer) -> None:
+    """Take back what a fused optimizer was told about one step."""
+    if optimizer.__dict__.pop("_ewma_skips", False):
+        del optimizer.found_inf  # type: ignore[attr-defined]  # torch's own name for it
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
