@@ -18,7 +18,7 @@ if TRITON_MISSING:
     pytest.skip(TRITON_MISSING, allow_module_level=True)
 
 from ewma import kernels
-from ewma.kernels import differentiable, reference, triton_scan
+from ewma.kernels import differentiable, reference, triton_scan, triton_tiles
 
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAN = math.nan
@@ -30,7 +30,7 @@ LOST = ["0", "1e-8", ".3", "1", "each step", "each series", "each", "kept"]
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many tiles and segments in short series: Triton's interpreter takes half a millisecond a step."""
     for name, value in {"TILE": 32, "LANES": 4, "PROGRAMS": 12, "SEGMENT": 1}.items():
-        monkeypatch.setattr(triton_scan, name, value)
+        monkeypatch.setattr(triton_tiles, name, value)
     with numpy.errstate(all="ignore"):
         yield
 

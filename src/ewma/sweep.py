@@ -28,7 +28,9 @@ from ewma.weighting import Rule
 
 PIECE = 1 << 18
 COMPILED = 1 << 16
-"""How many elements are in work at a time, by whole-array operations and by the compiled kernel."""
+ON_DEVICE = 1 << 21
+"""How many elements are in work at a time, by whole-array operations, by the compiled kernel, and where the start of an
+operation costs as much as its work on many."""
 SHORTEST = 64
 MOST = 1 << 16
 LARGE = 1 << 20
@@ -82,7 +84,7 @@ def sweep(
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in given]
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
-    if elapsed is None and made[0] is not first.array and _at_once(rule, start, arrays[0], statistic, views):
+    if elapsed is None and made[0] is not first.array and _at_once(rule, start, arrays[0], statistic, views, needed):
         for view in views if needed > 1 else ():
             view[:, : needed - 1] = math.nan
         return [_give(first, array, out) for array in made]
@@ -127,10 +129,12 @@ class Spread:
 KINDS = ("variance", "deviation", "bands")
 
 
-def _at_once(rule: Rule, start: Array | None, x: Array, statistic: Statistic, outs: Sequence[Array]) -> bool:
+def _at_once(
+    rule: Rule, start: Array | None, x: Array, statistic: Statistic, outs: Sequence[Array], needed: int
+) -> bool:
     """Write a mean or a spread of whole series in one compiled pass, where that can be."""
     if statistic is mean_of:
-        return whole.mean(rule, start, x, outs[0])
+        return whole.mean(rule, start, x, outs[0], needed)
     return isinstance(statistic, Spread) and whole.spread(
         rule, start, x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
     )
@@ -159,7 +163,7 @@ def follow(
 ) -> None:
     """Move the moments on through arrays of shape (outer, n, inner), and write what `statistic` makes of them."""
     outer, n, inner = arrays[0].shape
-    size = COMPILED if kernels.compiled() else PIECE
+    size = ON_DEVICE if not may_ask(arrays[0]) else COMPILED if kernels.compiled() else PIECE
     step = max(size // max(outer * inner, 1), SHORTEST)
     moments.rooms = {}
     for begin in range(0, n, step):
@@ -228,7 +232,7 @@ def _advance(
 
 def raise_for_missing(x: Array) -> None:
     """Before anything is computed, so that nothing is written in vain."""
-    step = max(PIECE // max(x.shape[0] * x.shape[2], 1), 1)
+    step = max((PIECE if may_ask(x) else ON_DEVICE) // max(x.shape[0] * x.shape[2], 1), 1)
     for begin in range(0, x.shape[1], step):
         finite = module_of(x).isfinite(x[:, begin : begin + step])
         if not bool(finite.all()):

@@ -1,4 +1,4 @@
-"""Whole series whose steps are all alike, and whose values all finite: a mean or a spread in one compiled pass.
+"""Whole series whose steps are all alike: a mean or a spread in one compiled pass. On the CPU all values are finite.
 
 What cannot be done so, the caller does chunk by chunk (moments.py). Series begin with nothing; or, by a rule that is
 not debiased, at a given mean.
@@ -7,6 +7,7 @@ not debiased, at a given mean.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy
@@ -28,18 +29,24 @@ class Stretch(NamedTuple):
     share: Any
 
 
-def mean(rule: Rule, start: Array | None, x: Array, out: Array) -> bool:
+def mean(rule: Rule, start: Array | None, x: Array, out: Array, needed: int = 1) -> bool:
     """Write the running mean. Where this cannot be, False, and what was written has no meaning.
 
     Args:
         start: of shape (outer, 1, inner); or None.
         x: of shape (outer, n, inner), of real numbers, time in the middle.
         out: of the same shape, sharing no memory with x.
+        needed: how many values must have been observed. (Where all are finite, the caller sees to that.)
     """
     kernel, terms = kernels.compiled(), rule.unit
-    if kernel is None or terms is None or not x.shape[1]:
+    if terms is None or not x.shape[1]:
         return False
-    return bool(kernel.mean(x, out, start, _held(rule, terms), terms.lost, rule.debias))
+    given = x, out, start, _held(rule, terms), terms.lost, rule.debias
+    made: bool | None = None if kernel is None else kernel.mean(*given)
+    if made is None and needed == 1 and rule.missing != "decay" and (kernel := kernels.on_device(x, out, start)):
+        kernel.mean(*given, skips=rule.missing != "propagate")
+        return True
+    return bool(made)
 
 
 def spread(
@@ -61,12 +68,15 @@ def remembering(rule: Rule, start: Array | None, x: Any) -> Any:
     terms = rule.unit
     if terms is None or not (rule.debias or start is not None):  # else the first value weighs more than its step says
         return None
-    out = empty(x, x.dtype)
-    if not mean(rule, start, x, out):
-        return None
     from ewma.kernels import differentiable
 
-    return differentiable.remembering(x, out, list(_cut(rule, terms, x.shape[1])))
+    if kernel := kernels.on_device(x, start):
+        about = _held(rule, terms), terms.lost, rule.debias
+        made = kernel.remembering(x, start, *about)
+        return None if made is None else differentiable.remembering(x, made, partial(kernel.linear, *about))
+    if kernels.compiled() is None or not mean(rule, start, x, out := empty(x, x.dtype)):
+        return None
+    return differentiable.remembering(x, out, partial(differentiable.linear, list(_cut(rule, terms, x.shape[1]))))
 
 
 def _held(rule: Rule, terms: Terms) -> Any:

@@ -38,6 +38,7 @@ __all__ = [
     "lerp",
     "missing",
     "missing_triton",
+    "on_device",
     "scan",
 ]
 
@@ -155,6 +156,14 @@ def scan(u: Array, lost: float | Array, initial: Array, out: Array, kept: Array 
             return
     module = "reference" if name == "reference" else "blocked"
     importlib.import_module(f"ewma.kernels.{module}").scan(u, lost, initial, out, kept)
+
+
+def on_device(x: Array, *others: Array | None) -> Any:
+    """`ewma.kernels.triton_mean`, where that smooths whole series like x; else None."""
+    if not is_tensor(x) or choose(str(x.device))[0] != "triton":
+        return None
+    kernel = importlib.import_module("ewma.kernels.triton_mean")
+    return kernel if kernel.serves(x, *(other for other in others if other is not None)) else None
 
 
 def compiled() -> Any:

@@ -10,7 +10,7 @@ The backward pass is made of differentiable steps, so it can be differentiated a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -30,28 +30,35 @@ def scan(u: Tensor, lost: float | Tensor, initial: Tensor, kept: Tensor | None =
     return result
 
 
-def remembering(x: Tensor, made: Tensor, stretches: Sequence[Any]) -> Tensor:
-    """`made`, the running mean of x in these stretches, as what autograd goes back through to x.
+def remembering(x: Tensor, made: Tensor, linear: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """`made`, the running mean of x, as what autograd goes back through to x.
 
     The mean is linear in x, so its gradient is the transposed: the same pass from the end to the start.
+
+    Args:
+        linear: of a tensor, the running mean from 0; or, where True, what its gradient is.
     """
-    result: Tensor = _Mean.apply(x, stretches, False, [made])  # type: ignore[no-untyped-call]  # torch has it untyped
+    result: Tensor = _Mean.apply(x, linear, False, [made])  # type: ignore[no-untyped-call]  # torch has it untyped
     return result
 
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stretches: Sequence[Any], transposed: bool, made: list[Tensor]) -> Tensor:
-        ctx.stretches, ctx.transposed = stretches, transposed
-        return made.pop() if made else _linear(x, stretches, transposed)
+    def forward(ctx: Any, x: Tensor, linear: Any, transposed: bool, made: list[Tensor]) -> Tensor:
+        ctx.linear, ctx.transposed = linear, transposed
+        return made.pop() if made else linear(x, transposed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _Mean.apply(dy, ctx.stretches, not ctx.transposed, []), None, None, None  # type: ignore[no-untyped-call]
+        return _Mean.apply(dy, ctx.linear, not ctx.transposed, []), None, None, None  # type: ignore[no-untyped-call]
 
 
-def _linear(x: Tensor, stretches: Sequence[Any], transposed: bool) -> Tensor:
-    """The running mean from 0, or what its gradient is: shares and sums change places, and time runs backwards."""
+def linear(stretches: Sequence[Any], x: Tensor, transposed: bool) -> Tensor:
+    """The running mean from 0, or what its gradient is: shares and sums change places, and time runs backwards.
+
+    Args:
+        stretches: the steps, in parts of which each loses the same; see `whole.Stretch`.
+    """
     kernel = kernels.compiled()
     out: Tensor = empty(x, x.dtype)
     source, target = kernel.lend(x), kernel.lend(out)

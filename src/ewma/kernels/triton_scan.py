@@ -1,16 +1,11 @@
 """The scan along time for CUDA, written in Triton: read once, written once, with float64 arithmetic in between.
 
-    y[t] = y[t-1] + (u[t] - lost[t] * y[t-1])
-
-A program goes through its series a tile at a time: a parallel scan within, a carry from one tile to the next. What
-steps do to y is put together as (lost, kept, gained), so that nothing is lost where next to nothing is lost or kept.
-Where there are few series, time is cut into segments: once for what each does, then for what comes into each from those
-before it, which is the same scan over the segments, and then for all that is written.
+y[t] = y[t-1] + (u[t] - lost[t] * y[t-1])
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,35 +13,57 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ewma.kernels.triton_numbers import DTYPES, halves, interpreted, number, read, run, write
+from ewma.columns import settled
+from ewma.kernels.triton_numbers import DTYPES, halves, interpreted, number, run
+from ewma.kernels.triton_tiles import at, known, last, plan, read_tile, then, write_tile
 
-TILE = 2048
-LANES = 32
-PROGRAMS = 1024
-SEGMENT = 4
-"""Steps times series in a tile; the most series side by side in it; how many programs keep a GPU busy; and how many
-tiles a segment has at least."""
+BITS = tl.constexpr(40)
+"""Of the largest number of steps."""
+LEAST = 2.0**-100
+"""Nothing lost: in float64 that makes no difference, and it is no 0 to divide by."""
+
+
+class Shares(NamedTuple):
+    """What a value is of all so far: `1 / (held + (1 - (1 - lost) ** steps) * (1 / lost - held))`.
+
+    Args:
+        held: what was there before the first step weighs, in steps.
+        debias: otherwise it is `lost`, at every step.
+        before: whether they multiply what comes into a scan, or what it gives.
+    """
+
+    held: float
+    debias: bool
+    before: bool
 
 
 @triton.jit
-def _then(lost, kept, gained, more_lost, more_kept, more_gained):
-    """What the one does and then the other."""
-    little = gained + (more_gained - more_lost * gained)
-    most = more_kept * gained + more_gained
-    return lost + more_lost * kept, kept * more_kept, tl.where(more_lost <= 0.5, little, most)
+def _lost_after(steps, lost, BITS: tl.constexpr):
+    """1 - (1 - lost) ** steps, right to the last bits however small `lost` is."""
+    gone = 0.0 * steps.to(tl.float64)
+    for _ in tl.static_range(BITS):
+        gone = tl.where(steps % 2 == 1, gone + lost * (1.0 - gone), gone)
+        lost *= 2.0 - lost
+        steps //= 2
+    return gone
 
 
 @triton.jit
-def _at(start, lane, inner, t, strides):
-    """Where the elements of these series at these times are."""
-    series = (lane // inner) * strides[0] + (lane % inner) * strides[2]
-    return start + (series[None, :] + (t * strides[1])[:, None])
-
-
-@triton.jit
-def _last(x, TIME: tl.constexpr):
-    """The last row of a tile."""
-    return tl.sum(tl.where((tl.arange(0, TIME) == TIME - 1)[:, None], x, 0.0), 0)
+def _weighed(x, steps, shares, WITHIN: tl.constexpr):
+    """x times the share that a value has after so many steps."""
+    first = tl.min(steps, 0)
+    if first < shares[4] >> 1:
+        lost, held, rest = (
+            number(shares[0][0], shares[0][1]),
+            number(shares[1][0], shares[1][1]),
+            number(shares[2][0], shares[2][1]),
+        )
+        before = _lost_after(first, lost, BITS)
+        within = _lost_after(steps - first, lost, WITHIN)
+        x /= (held + (before + within * (1.0 - before)) * rest)[:, None]
+    else:
+        x *= number(shares[3][0], shares[3][1])
+    return x
 
 
 @triton.jit
@@ -56,15 +73,15 @@ def _steps(lost, kept, lane, inner, t, inside, lost_strides, kept_strides):
         if lost_strides is None:
             gone = number(lost[0], lost[1]) + 0.0 * inside.to(tl.float64)
         else:
-            gone = tl.load(_at(lost, lane, inner, t, lost_strides), mask=inside, other=0.0)
+            gone = tl.load(at(lost, lane, inner, t, lost_strides), mask=inside, other=0.0)
         left = 1.0 - gone
     else:
-        gone = tl.load(_at(lost, lane, inner, t, lost_strides), mask=inside, other=0.0)
-        left = tl.load(_at(kept, lane, inner, t, kept_strides), mask=inside, other=1.0)
+        gone = tl.load(at(lost, lane, inner, t, lost_strides), mask=inside, other=0.0)
+        left = tl.load(at(kept, lane, inner, t, kept_strides), mask=inside, other=1.0)
     return tl.where(inside, gone, 0.0), tl.where(inside, left, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "lanes", "segments"])
 def _scan(
     u,
     lost,
@@ -81,11 +98,15 @@ def _scan(
     kept_strides,
     carry_strides,
     out_strides,
+    shares,
     U: tl.constexpr,
     OUT: tl.constexpr,
     ONLY_ENDS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BEFORE: tl.constexpr,
     TIME: tl.constexpr,
     LANES: tl.constexpr,
+    WITHIN: tl.constexpr,
 ):
     segment = (tl.program_id(0) % segments).to(tl.int64)
     lane = (tl.program_id(0) // segments).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -101,21 +122,27 @@ def _scan(
         y = tl.load(carries + (series + segment * carry_strides[1]), mask=there, other=0.0)
     for start in range(begin, end, TIME):
         t = start + tl.arange(0, TIME)
+        steps = tl.maximum(n - t, 1) if REVERSE else t + 1
         inside = (t < end)[:, None] & there[None, :]
-        given = read(_at(u, lane, inner, t, u_strides), 0, inside, U, False).to(tl.float64)
+        whole = (start + TIME <= end) & (tl.max(lane, 0) < lanes)
+        given = read_tile(at(u, lane, inner, t, u_strides), inside, whole, U)
+        if shares is not None and BEFORE:
+            given = _weighed(given, steps, shares, WITHIN)
         gone, left = _steps(lost, kept, lane, inner, t, inside, lost_strides, kept_strides)
-        gone, left, gained = tl.associative_scan((gone, left, given), 0, _then)
+        gone, left, gained = tl.associative_scan((gone, left, given), 0, then)
         if ONLY_ENDS:
-            gone, left, gained = _last(gone, TIME), _last(left, TIME), _last(gained, TIME)
-            all_lost, all_kept, y = _then(all_lost, all_kept, y, gone, left, gained)
+            gone, left, gained = last(gone, TIME), last(left, TIME), last(gained, TIME)
+            all_lost, all_kept, y = then(all_lost, all_kept, y, gone, left, gained)
         else:
             little = y[None, :] + (gained - gone * y[None, :])
             made = tl.where(gone <= 0.5, little, left * y[None, :] + gained)
-            write(_at(out, lane, inner, t, out_strides), 0, inside, made, OUT, False)
-            y = _last(made, TIME)
+            y = last(made, TIME)
+            if shares is not None and not BEFORE:
+                made = _weighed(made, steps, shares, WITHIN)
+            write_tile(at(out, lane, inner, t, out_strides), inside, whole, made, OUT)
     if ONLY_ENDS:
-        places = _at(out, lane, inner, segment + tl.zeros((1,), tl.int64), out_strides)
-        size = lanes * segments
+        places = at(out, lane, inner, segment + tl.zeros((1,), tl.int64), out_strides)
+        size = lanes.to(tl.int64) * segments
         tl.store(places, all_lost[None, :], mask=there[None, :])
         tl.store(places + size, all_kept[None, :], mask=there[None, :])
         tl.store(places + 2 * size, y[None, :], mask=there[None, :])
@@ -133,51 +160,52 @@ def serves(*arrays: Any) -> bool:
 
 
 def scan(
-    u: Tensor, lost: float | Tensor, initial: Tensor, out: Tensor, kept: Tensor | None = None, reverse: bool = False
+    u: Tensor,
+    lost: float | Tensor,
+    initial: Tensor,
+    out: Tensor,
+    kept: Tensor | None = None,
+    reverse: bool = False,
+    shares: Shares | None = None,
 ) -> None:
     """`ewma.kernels.scan`; u and out may be of any floating dtype, and are of any layout.
 
     Args:
         reverse: from the end to the start, which is what goes backwards through a scan.
+        shares: what goes in or comes out is multiplied by, where lost is a float above 0.
     """
     if not u.numel():
         return
     if not out.is_inference():
         increment_version(out)
     (outer, n, inner), lanes = u.shape, u.shape[0] * u.shape[2]
-    width = triton.next_power_of_2(lanes)
-    if u.stride(1) == 1 or lanes == 1:
-        time = min(TILE, triton.next_power_of_2(n))
-        width = min(width, TILE // time)
-    else:
-        width = min(width, LANES)
-        time = min(TILE // width, triton.next_power_of_2(n))
-    abreast = triton.cdiv(lanes, width)
-    segments = max(min(PROGRAMS // abreast, n // (SEGMENT * time)), 1)
-    length = triton.cdiv(triton.cdiv(n, segments), time) * time
-    segments = triton.cdiv(n, length)
+    time, width, abreast, segments, length = plan(u)
     initial = initial.expand(outer, 1, inner)
 
     def steps(carries: Tensor, out: Tensor, segments: int, only_ends: bool) -> None:
-        (u_at, u_strides), (out_at, out_strides) = _from(u, reverse), _from(out, reverse and not only_ends)
+        (u_at, u_strides), (out_at, out_strides) = known(u, reverse), known(out, reverse and not only_ends)
         lost_at: Any
         if isinstance(lost, float):
             lost_at, lost_strides = halves(lost, u.device), None
         else:
-            lost_at, lost_strides = _from(lost.expand(u.shape), reverse)
-        kept_at, kept_strides = (None, None) if kept is None else _from(kept.expand(u.shape), reverse)
-        carry_strides = (carries.stride(0), carries.stride(1) if carries.shape[1] > 1 else 0, carries.stride(2))
+            lost_at, lost_strides = known(lost.expand(u.shape), reverse)
+        kept_at, kept_strides = (None, None) if kept is None else known(kept.expand(u.shape), reverse)
+        _, carry_strides = known(carries)
         shape = (n, lanes, inner, segments, length)
         strides = (u_strides, lost_strides, kept_strides, carry_strides, out_strides)
         constants = {
             "U": DTYPES[u.dtype],
             "OUT": DTYPES[out.dtype],
             "ONLY_ENDS": only_ends,
+            "REVERSE": reverse,
+            "BEFORE": shares is not None and shares.before,
             "TIME": time,
             "LANES": width,
+            "WITHIN": time.bit_length(),
         }
         given = (u_at, lost_at, kept_at, carries, out_at)
-        run(_scan, (abreast * segments,), u.device, *given, *shape, *strides, **constants)
+        weighing = None if shares is None else _coded(shares, lost, u.device)
+        run(_scan, (abreast * segments,), u.device, *given, *shape, *strides, weighing, **constants)
 
     if segments > 1:
         ends = u.new_empty((3, outer, segments - 1, inner), dtype=torch.float64)
@@ -189,8 +217,8 @@ def scan(
     steps(initial, out, segments, False)
 
 
-def _from(x: Tensor, reverse: bool) -> tuple[Tensor, tuple[int, ...]]:
-    """Where to begin, and how far to go to the next of each dimension. bfloat16 is known by its bits."""
-    bits = x.view(torch.uint16) if x.dtype == torch.bfloat16 else x
-    outer, step, inner = x.stride()
-    return (bits[:, -1:], (outer, -step, inner)) if reverse else (bits, (outer, step, inner))
+def _coded(shares: Shares, lost: float | Tensor, device: torch.device) -> tuple[Any, ...]:
+    assert isinstance(lost, float)
+    assert lost > 0.0
+    rest, changing = 1.0 / lost - shares.held, int(min(settled(lost), 1 << 39)) if shares.debias else 0
+    return *(halves(each, device) for each in (lost, shares.held, rest, lost)), changing << 1 | 1
