@@ -371,6 +371,20 @@ def test_large_results_go_around_the_caches_wherever_they_begin(inner: int, step
     numpy.testing.assert_allclose(whole[:, ::step][:, :1000], small, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(1, (1 << 22) + 77, 1), (1, 1 << 16, 70), (70, 1 << 16, 1)])
+def test_memory_that_was_never_touched_gets_the_same_bits(shape: tuple[int, int, int]) -> None:
+    x = values(*shape, dtype="f")
+    around, through = numpy.empty_like(x), numpy.empty_like(x)
+    for out, untouched in ((around, False), (through, True)):
+        assert _native.mean(x, out, None, 0.0, 0.01, True, 2, untouched)
+    numpy.testing.assert_array_equal(around, through)
+    for out, untouched in ((around, False), (through, True)):
+        out.fill(numpy.nan)
+        base, sums = numpy.zeros((2, shape[0], 1, shape[2]))
+        assert _native.scan(x, out, base, sums, 0.01, 1.0, 0.01, 2, untouched)
+    numpy.testing.assert_array_equal(around, through)
+
+
 # Missing values and what overflows
 
 

@@ -85,7 +85,7 @@ def alike(moments: Moments, xs: tuple[Array, ...], terms: Terms) -> Averaged | N
         rooms = tuple(module_of(x).empty_like(x, dtype=module_of(x).float64) for x in xs)
         before_all = moments.means if weight else (None,) * len(xs)
         done = [
-            kernel.mean(x, room, start, held, terms.lost, rule.debias)
+            kernel.mean(x, room, start, held, terms.lost, rule.debias, untouched=True)
             for x, room, start in zip(xs, rooms, before_all, strict=True)
         ]
         if any(finite is False for finite in done):

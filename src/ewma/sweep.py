@@ -84,7 +84,11 @@ def sweep(
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in given]
     made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
     views = [array.reshape(outer, n, inner) for array in made]
-    if elapsed is None and made[0] is not first.array and _at_once(rule, start, arrays[0], statistic, views, needed):
+    if (
+        elapsed is None
+        and made[0] is not first.array
+        and _at_once(rule, start, arrays[0], statistic, views, made[0] is not out, needed)
+    ):
         for view in views if needed > 1 else ():
             view[:, : needed - 1] = math.nan
         return [_give(first, array, out) for array in made]
@@ -130,11 +134,17 @@ KINDS = ("variance", "deviation", "bands")
 
 
 def _at_once(
-    rule: Rule, start: Array | None, x: Array, statistic: Statistic, outs: Sequence[Array], needed: int
+    rule: Rule,
+    start: Array | None,
+    x: Array,
+    statistic: Statistic,
+    outs: Sequence[Array],
+    untouched: bool,
+    needed: int,
 ) -> bool:
     """Write a mean or a spread of whole series in one compiled pass, where that can be."""
     if statistic is mean_of:
-        return whole.mean(rule, start, x, outs[0], needed)
+        return whole.mean(rule, start, x, outs[0], untouched, needed)
     return isinstance(statistic, Spread) and whole.spread(
         rule, start, x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
     )

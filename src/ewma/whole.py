@@ -29,20 +29,21 @@ class Stretch(NamedTuple):
     share: Any
 
 
-def mean(rule: Rule, start: Array | None, x: Array, out: Array, needed: int = 1) -> bool:
+def mean(rule: Rule, start: Array | None, x: Array, out: Array, untouched: bool, needed: int = 1) -> bool:
     """Write the running mean. Where this cannot be, False, and what was written has no meaning.
 
     Args:
         start: of shape (outer, 1, inner); or None.
         x: of shape (outer, n, inner), of real numbers, time in the middle.
         out: of the same shape, sharing no memory with x.
+        untouched: whether out is new memory.
         needed: how many values must have been observed. (Where all are finite, the caller sees to that.)
     """
     kernel, terms = kernels.compiled(), rule.unit
     if terms is None or not x.shape[1]:
         return False
     given = x, out, start, _held(rule, terms), terms.lost, rule.debias
-    made: bool | None = None if kernel is None else kernel.mean(*given)
+    made: bool | None = None if kernel is None else kernel.mean(*given, untouched)
     if made is None and needed == 1 and rule.missing != "decay" and (kernel := kernels.on_device(x, out, start)):
         kernel.mean(*given, skips=rule.missing != "propagate")
         return True
@@ -74,7 +75,7 @@ def remembering(rule: Rule, start: Array | None, x: Any) -> Any:
         about = _held(rule, terms), terms.lost, rule.debias
         made = kernel.remembering(x, start, *about)
         return None if made is None else differentiable.remembering(x, made, partial(kernel.linear, *about))
-    if kernels.compiled() is None or not mean(rule, start, x, out := empty(x, x.dtype)):
+    if kernels.compiled() is None or not mean(rule, start, x, out := empty(x, x.dtype), untouched=True):
         return None
     return differentiable.remembering(x, out, partial(differentiable.linear, list(_cut(rule, terms, x.shape[1]))))
 

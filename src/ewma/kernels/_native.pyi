@@ -24,7 +24,9 @@ def lerp(
     are filtered: each becomes `raw * value + slow * average`, and a second set averages their squares.
     """
 
-def mean(x: Any, out: Any, start: Any, held: float, lost: float, debias: bool, threads: int) -> bool:
+def mean(
+    x: Any, out: Any, start: Any, held: float, lost: float, debias: bool, threads: int, untouched: bool = False
+) -> bool:
     """See `ewma.kernels.compiled_scan.mean`; of NumPy arrays (outer, n, inner), bfloat16 as int16."""
 
 def spread(
@@ -42,7 +44,9 @@ def spread(
 ) -> bool:
     """See `ewma.kernels.compiled_scan.spread`; of NumPy arrays (outer, n, inner), bfloat16 as int16."""
 
-def scan(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, threads: int) -> bool:
+def scan(
+    x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, threads: int, untouched: bool = False
+) -> bool:
     """See `ewma.kernels.compiled_scan.run`; of NumPy arrays (outer, n, inner), bfloat16 as int16, and vectors."""
 
 def scan_elements(u: Any, lost: Any, kept: Any, out: Any, sums: Any, threads: int) -> None:

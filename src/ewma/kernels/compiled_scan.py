@@ -20,7 +20,9 @@ from ewma.kernels import _native
 LARGE = 1 << 20
 
 
-def mean(x: Array, out: Array, start: Any, held: float, lost: float, debias: bool) -> bool | None:
+def mean(
+    x: Array, out: Array, start: Any, held: float, lost: float, debias: bool, untouched: bool = False
+) -> bool | None:
     """The running mean of every series, from its first step on.
 
         S[t] = S[t-1] + (x[t] - base - lost * S[t-1])       out[t] = base + share[t] * S[t]
@@ -33,13 +35,15 @@ def mean(x: Array, out: Array, start: Any, held: float, lost: float, debias: boo
         lost: what each step takes from what was.
         debias: share is 1 over the weight of all values so far, `weight[t] = weight[t-1] + (1 - lost * weight[t-1])`
             from `held`; otherwise it is `lost`.
+        untouched: whether out is new memory, which the system clears as it is touched: large results go through the
+            caches then, where it lies, and around them otherwise.
 
     True where all stayed finite; None, with nothing done, where x or out are not for this kernel.
     """
     lent, target, begin = lend(x), lend(out), None if start is None else _starts(start, x)
     if lent is None or target is None or (start is not None and begin is None):
         return None
-    return _native.mean(lent, target, begin, held, lost, debias, threads(x))
+    return _native.mean(lent, target, begin, held, lost, debias, threads(x), untouched)
 
 
 def spread(
@@ -76,7 +80,9 @@ def _starts(start: Array, x: Array) -> Any:
     return None if lent is None else numpy.ascontiguousarray(numpy.broadcast_to(lent, shape))
 
 
-def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, most: int) -> bool:
+def run(
+    x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any, most: int, untouched: bool = False
+) -> bool:
     """`S[t] = S[t-1] + (pre[t] * (x[t] - base) - lost * S[t-1])` and `out[t] = base + post[t] * S[t]`.
 
     Args:
@@ -84,10 +90,11 @@ def run(x: Any, out: Any, base: Any, sums: Any, lost: float, pre: Any, post: Any
         base, sums: float64 NumPy arrays of a number for each series: S is read, and left as after the last step.
         pre, post: floats, pre 1.0; or float64 NumPy arrays of n numbers.
         most: how many threads at most.
+        untouched: as for `mean`.
 
     True where all sums stayed finite.
     """
-    return _native.scan(x, out, base, sums, lost, pre, post, most)
+    return _native.scan(x, out, base, sums, lost, pre, post, most, untouched)
 
 
 weigh, average = _native.weigh, _native.average

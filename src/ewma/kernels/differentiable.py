@@ -73,7 +73,7 @@ def linear(stretches: Sequence[Any], x: Tensor, transposed: bool) -> Tensor:
                 share = share if isinstance(share, float) else numpy.ascontiguousarray(share[:, ::-1])
                 u, y = u[:, ::-1], y[:, ::-1]
             pre, post = (share, 1.0) if transposed else (1.0, share)
-            finite &= kernel.run(u, y, base, sums, lost, pre, post, threads)
+            finite &= kernel.run(u, y, base, sums, lost, pre, post, threads, untouched=True)
         if finite:
             break
     return out

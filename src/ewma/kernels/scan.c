@@ -365,7 +365,8 @@ static void run(Sweep *sweep, int threads)
     const ptrdiff_t count = sweep->outer * sweep->inner, x_step = sweep->x.step[2], step = sweep->x.step[1];
     const int large = (double)count * (double)sweep->n >= LARGE;
     threads = large && threads > 1 ? threads : 1;
-    sweep->around = (double)count * (double)sweep->n * (double)size_of(sweep->out.dtype) >= AROUND;
+    if ((double)count * (double)sweep->n * (double)size_of(sweep->out.dtype) < AROUND)
+        sweep->around = 0;
     const int columns = sweep->inner >= (direct(&sweep->x, &sweep->out) ? 8 : 32) && x_step == 1
         && sweep->out.step[2] == 1 && step != 1 && step != -1;
     if (columns) {
@@ -630,14 +631,15 @@ PyObject *py_scan(PyObject *module, PyObject *arguments)
     Py_buffer views[VIEWS];
     double lost, pre = 1.0, post = 1.0;
     const double *given = NULL;
-    int threads, read;
+    int threads, read, untouched = 0;
     Sweep sweep;
     memset(views, 0, sizeof views);
     memset(&sweep, 0, sizeof sweep);
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OOOOdOOi:scan", &objects[X], &objects[OUT], &objects[BASE], &objects[SUMS], &lost,
-                          &objects[PRE], &objects[POST], &threads))
+    if (!PyArg_ParseTuple(arguments, "OOOOdOOi|p:scan", &objects[X], &objects[OUT], &objects[BASE], &objects[SUMS], &lost,
+                          &objects[PRE], &objects[POST], &threads, &untouched))
         return NULL;
+    sweep.around = !untouched;
     read = read_planes(&sweep, objects[X], objects[OUT], views);
     const ptrdiff_t count = sweep.outer * sweep.inner;
     if (read == 0)
@@ -667,14 +669,15 @@ PyObject *py_mean(PyObject *module, PyObject *arguments)
     PyObject *objects[VIEWS];
     Py_buffer views[VIEWS];
     double lost;
-    int threads, read, debias;
+    int threads, read, debias, untouched = 0;
     Sweep sweep;
     memset(views, 0, sizeof views);
     memset(&sweep, 0, sizeof sweep);
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OOOddpi:mean", &objects[X], &objects[OUT], &objects[START], &sweep.held, &lost,
-                          &debias, &threads))
+    if (!PyArg_ParseTuple(arguments, "OOOddpi|p:mean", &objects[X], &objects[OUT], &objects[START], &sweep.held, &lost,
+                          &debias, &threads, &untouched))
         return NULL;
+    sweep.around = !untouched;
     read = read_planes(&sweep, objects[X], objects[OUT], views);
     const size_t count = (size_t)(sweep.outer * sweep.inner);
     if (read == 0 && objects[START] != Py_None)

@@ -56,7 +56,8 @@ typedef struct {
     int fresh;           /* bases and sums are to be found: each base from the values' size, each sum ... */
     const double *start; /* ... from the mean before the first step, or NULL where that is the first value ... */
     double held;         /* ... and what it weighs, in steps */
-    int around;          /* whether results go around the caches */
+    int around;          /* whether large results go around the caches: not where their memory was never touched, which
+                            the system clears in the caches when it is */
     Way way;
     ptrdiff_t each, series; /* how much a part takes: series, columns, steps; of which series, where these are steps */
     double *begins, *ends;  /* S before and after each segment */
