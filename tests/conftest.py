@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ewma import kernels
 
 TRITON_MISSING = None if importlib.util.find_spec("triton") else "Triton is not installed"
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.pop("TRITON_INTERPRET", None)
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 NATIVE_MISSING = kernels.missing()

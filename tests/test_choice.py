@@ -82,11 +82,23 @@ def test_a_triton_that_does_not_work_here_is_told(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(driver, "_active", Broken())
     kernels.missing_triton.cache_clear()
     try:
         said = "torch's list operations, since Triton does not work here (Failed to find C compiler)"
         assert kernels.choose("cuda") == ("foreach", said)
+    finally:
+        kernels.missing_triton.cache_clear()
+
+
+@needs_triton
+def test_where_triton_is_interpreted_foreach_serves_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels.missing_triton.cache_clear()
+    try:
+        assert kernels.choose("cuda") == ("foreach", "torch's list operations, since TRITON_INTERPRET is set")
     finally:
         kernels.missing_triton.cache_clear()
 

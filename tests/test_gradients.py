@@ -600,3 +600,23 @@ def test_bad_arguments_are_refused(how: dict[str, Any], error: Any, text: str) -
 def test_what_is_no_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer; got Linear"):
         GradientEMA(nn.Linear(2, 2), half_life=3.0)
+
+
+def test_capturable_gives_the_same_with_the_clock_on_the_device() -> None:
+    """In place from the second step on, as a CUDA graph needs."""
+    made = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(5))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        ema = GradientEMA(optimizer, half_life=3, raw=1.0, slow=2.0, capturable=capturable)
+        places = set()
+        for _ in range(4):
+            weight.grad = torch.randn(5)
+            optimizer.step()
+            if capturable:
+                places.add(ema.track.clock.weight.data_ptr())
+        made.append(weight.detach())
+        assert ema.count == 4
+    assert len(places) == 1
+    torch.testing.assert_close(*made, rtol=1e-6, atol=1e-6)

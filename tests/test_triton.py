@@ -19,7 +19,7 @@ from ewma.kernels import noise
 if TRITON_MISSING:
     pytest.skip(TRITON_MISSING, allow_module_level=True)
 
-from ewma.kernels import triton, triton_filter
+from ewma.kernels import triton, triton_filter, triton_numbers
 
 bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAN, INF = float("nan"), float("inf")
@@ -128,14 +128,14 @@ def test_what_only_torch_can_read_is_left_to_it() -> None:
 
 
 def test_tensors_that_begin_anywhere() -> None:
-    room = torch.randn(3 * triton.BLOCK, device=DEVICE)
-    for offset in range(5):
-        value = room[offset : offset + triton.BLOCK + 3]
-        average = torch.zeros(2 * triton.BLOCK, device=DEVICE)[offset : offset + triton.BLOCK + 3]
-        lerp = triton.lerp([value], [[average]], [1], True)
-        assert lerp.table.constants["ALIGNED"] == (offset % 4 == 0)
-        lerp([0.5], [None])
+    """Each for itself: among many one whose memory is not aligned makes no other slower."""
+    room, rooms = torch.randn(3 * triton.BLOCK, device=DEVICE), torch.zeros(4, 2 * triton.BLOCK, device=DEVICE)
+    values = [room[offset : offset + triton.BLOCK + 3] for offset in range(4)]
+    averages = [one[offset : offset + triton.BLOCK + 3] for one, offset in zip(rooms, (0, 1, 2, 0), strict=True)]
+    triton.lerp(values, [averages], range(4), True)([0.5], [None])
+    for value, average in zip(values, averages, strict=True):
         assert torch.equal(average, 0.5 * value)
+    assert int((rooms != 0).sum()) == 4 * (triton.BLOCK + 3)
 
 
 def test_autograd_is_told_of_what_was_overwritten() -> None:
@@ -205,6 +205,45 @@ def test_the_filter_is_one_launch_and_its_table_is_kept_until_a_gradient_moves(m
     moved = [gradient.clone() for gradient in gradients]
     filtering(moved, 0.5, 0.0, 1.0)
     assert tables[2] is not tables[0]
+
+
+def test_where_gradients_move_only_their_addresses_are_uploaded() -> None:
+    gradients, averages = ([torch.ones(size, device=DEVICE) for size in (3, 5)] for _ in range(2))
+    filtering = triton_filter.Filter(averages, None, True)
+    filtering(gradients, 0.5, 0.0, 1.0)
+    first = filtering.table
+    filtering([gradient.clone() for gradient in gradients], 0.5, 0.0, 1.0)
+    assert filtering.table is not first
+    assert filtering.table.blocks is first.blocks
+    assert filtering.table.rows is not first.rows
+    filtering([gradient.clone() for gradient in gradients], 0.5, 0.0, 1.0)
+    assert averages[1].tolist() == [1.0] * 5
+
+
+class Place:
+    """A tensor of which only the streams are noted that it is used on."""
+
+    def __init__(self) -> None:
+        self.used_on: list[object] = []
+
+    def record_stream(self, stream: object) -> None:
+        self.used_on.append(stream)
+
+
+def test_what_a_launch_reads_stays_on_other_streams_and_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    average = torch.zeros(8, device=DEVICE)
+    lerp = triton.lerp([torch.ones(8, device=DEVICE)], [[average]], [1], True)
+    table, kept = lerp.table, {}
+    monkeypatch.setattr(triton_numbers, "_kept", kept)
+    parts = table.rows, table.blocks, counter = Place(), Place(), Place()
+    table.used(counter)
+    assert not any(part.used_on for part in parts)
+    assert not kept
+    monkeypatch.setattr(triton_numbers, "_stream", lambda device: "another")
+    monkeypatch.setattr(triton_numbers, "capturing", lambda: True)
+    table.used(counter)
+    assert all(part.used_on == ["another"] for part in parts)
+    assert list(kept.values()) == [*parts]
 
 
 def test_only_measured_gradients_keep_every_bit() -> None:

@@ -354,6 +354,7 @@ for n in (10**5, 10**5 + 1):
     assert ahead.count("ld.global[^;]*[.]v[24]"), "not 16 bytes at a time"
     assert ahead.count("st.global[^;]*[.]v[24]")
     assert not ahead.count("[.]local"), "registers do not suffice"
+    assert ahead.count("0d3CD0000000000000"), "where weights are settled is no float64"
 assert mean((1, 10**5 + 1, 1), f32) is mean((1, 10**5 + 3, 1), f32, lost=1e-6), "two for one"
 mean((3, 300, 48), torch.bfloat16, False)
 mean((1, 300, 1), f64, start=torch.zeros(1, 1, 1, dtype=f64))

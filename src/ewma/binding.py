@@ -21,7 +21,7 @@ from ewma.places import watch
 from ewma.profiles import Exponential
 from ewma.recurrence import Recurrence
 from ewma.shards import first_element, is_sharded, local, placed_like
-from ewma.tracks import Track
+from ewma.tracks import Track, refuse_capture
 
 Only: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool] | None
 
@@ -102,6 +102,7 @@ class Binding:
         self._copy_in(copies)
         self.clocks = [track.clock for track in tracks]
         self.updates = list(self._updates())
+        self.on_cuda = any(named.tensor.is_cuda for named in self.averaged)
         self.offloaded = [update for update, _, _ in self.updates if isinstance(update, offload.OffloadedLerp)]
         mine = [average for update, _, _ in self.updates for average in update.noted]
         self.moved = watch(model, [*(named.tensor for named in self.averaged + self.copied), *mine])
@@ -151,6 +152,8 @@ class Binding:
             at_most: what elapsed is if every step was taken.
             seed: of the random bits of stochastic rounding.
         """
+        if self.on_cuda:
+            refuse_capture(self.clocks, "ModelEMA")
         counts = [track.clock.count + 0.0 for track in self.tracks]  # of updates before this one
         coefficients = [clock.advance(elapsed) for clock in self.clocks]
         if not self.begun:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
 from ewma.shards import write
+
+
+def refuse_capture(clocks: Iterable[Recurrence], call: str) -> None:
+    """Raise where a CUDA graph is captured while the host keeps the clocks: every replay would repeat one update."""
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return
+    if any(isinstance(clock.weight, float) for clock in clocks):
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and time and weight are on the host, so that every replay would repeat "
+            f"this one update. Write {call}(..., capturable=True), and run a few steps before the capture."
+        )
 
 
 @dataclass

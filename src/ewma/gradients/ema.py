@@ -18,7 +18,7 @@ from ewma.names import mismatch, named_tensors
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
 from ewma.shards import local, summed
-from ewma.tracks import Track
+from ewma.tracks import Track, refuse_capture
 
 GROUP_KEY = "gradient_ema"
 
@@ -52,6 +52,8 @@ class GradientEMA:
         sparse: "error" refuses sparse gradients, "densify" makes them dense.
         squares: also average the squared gradients, which `noise_scale` and `snr` need; another buffer per parameter.
         hook: False leaves it to you to call `apply()`, after backward and before the step.
+        capturable: keep time, weight and count on the device, as a CUDA graph needs. (Capture after `start`, which the
+            host counts.)
 
     A param group with `"gradient_ema": False` is left alone. A parameter without a gradient at a step keeps its average
     and its time; one that gets its first late starts then. Averages are float32 (float64 of float64), whatever the
@@ -94,6 +96,7 @@ class GradientEMA:
         sparse: Literal["error", "densify"] = "error",
         squares: bool = False,
         hook: bool = True,
+        capturable: bool = False,
     ) -> None:
         self.optimizer = hooks.unwrap(optimizer)
         if isinstance(self.optimizer, LBFGS):
@@ -120,7 +123,7 @@ class GradientEMA:
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
         self.model, self.start = model, start
-        self.guard, self.densify = nonfinite == "skip", sparse == "densify"
+        self.guard, self.densify, self.capturable = nonfinite == "skip", sparse == "densify", capturable
         self.squares: dict[str, Tensor] | None = {} if squares else None
         self.seen = 0
         self._skipped: Any = 0
@@ -280,8 +283,12 @@ class GradientEMA:
         with torch.inference_mode(False):
             self._prepare(present)
         raw, slow = (self.raw, self.slow) if self.seen >= self.start else (1.0, 0.0)
-        elapsed = 1.0 if taken is None else taken.double()
+        elapsed: Any = 1.0 if taken is None else taken.double()
+        if self.capturable and taken is None and present:
+            elapsed = present[0][2].new_ones((), dtype=torch.float64)
         clocks = {id(clock): clock for clock in (self.track.clock, *(clock for clock, _, _ in self._plan))}
+        if any(gradient.is_cuda for _, _, gradient in present):
+            refuse_capture(clocks.values(), "GradientEMA")
         coefficients = {number: clock.advance(elapsed) for number, clock in clocks.items()}
         for clock, filtering, places in self._plan:
             gradients = [_real(present[place][2]) for place in places]

@@ -232,7 +232,11 @@ def missing_triton() -> str | None:
     import torch
 
     if torch.cuda.is_available():
+        from triton import knobs
         from triton.runtime import driver
+
+        if knobs.runtime.interpret:  # where tables of addresses are of the wrong memory
+            return "TRITON_INTERPRET is set"
 
         try:
             driver.active.get_current_target()

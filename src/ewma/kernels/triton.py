@@ -20,6 +20,7 @@ from ewma.kernels import Coefficient, Word
 from ewma.kernels.addresses import divide
 from ewma.kernels.triton_numbers import (
     Table,
+    aligned,
     capturing,
     check,
     coded,
@@ -76,7 +77,6 @@ def _block(
     AVERAGE: tl.constexpr,
     GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     NARROW: tl.constexpr = tl.float64 if AVERAGE == tl.float64 else tl.float32
@@ -84,12 +84,12 @@ def _block(
     inside = offsets < left
     elements = first.to(tl.uint32) + offsets.to(tl.uint32)
     stream = tl.load(row + 2).to(tl.uint32)
-    value = read(pointer(tl.load(row), first, VALUE, ALIGNED), offsets, inside, VALUE, FULL)
+    value = read(pointer(tl.load(row), first, VALUE, FULL), offsets, inside, VALUE, FULL)
     usable = finite(value.to(NARROW))
     if GUARD:
         count(skipped, inside & ~usable)
     for k in tl.static_range(SETS):
-        start = pointer(tl.load(row + 4 + k), first, AVERAGE, ALIGNED)
+        start = pointer(tl.load(row + 4 + k), first, AVERAGE, FULL)
         old = read(start, offsets, inside, AVERAGE, FULL)
         c = number(high[k], low[k])
         if words[k] is None:
@@ -114,16 +114,15 @@ def _lerp(
     AVERAGE: tl.constexpr,
     GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     here = blocks + 2 * tl.program_id(0).to(tl.int64)
     row = rows + (4 + SETS) * tl.load(here).to(tl.int64)
     first = BLOCK * tl.load(here + 1).to(tl.int64)
     left = tl.load(row + 1) - first
-    if left >= BLOCK:
-        _block(row, first, left, skipped, high, low, words, SETS, VALUE, AVERAGE, GUARD, BLOCK, ALIGNED, True)
+    if (left >= BLOCK) & aligned(row, SETS):
+        _block(row, first, left, skipped, high, low, words, SETS, VALUE, AVERAGE, GUARD, BLOCK, True)
     else:
-        _block(row, first, left, skipped, high, low, words, SETS, VALUE, AVERAGE, GUARD, BLOCK, ALIGNED, False)
+        _block(row, first, left, skipped, high, low, words, SETS, VALUE, AVERAGE, GUARD, BLOCK, False)
 
 
 class TritonLerp:

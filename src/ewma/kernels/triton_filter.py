@@ -19,6 +19,7 @@ from ewma.kernels import Coefficient
 from ewma.kernels.addressed_filter import AddressedFilter
 from ewma.kernels.triton_numbers import (
     Table,
+    aligned,
     capturing,
     check,
     count,
@@ -62,22 +63,21 @@ def _block(
     AVERAGE: tl.constexpr,
     GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
 ):
     offsets = tl.arange(0, BLOCK)
     inside = offsets < left
-    gradient = pointer(tl.load(row), first, VALUE, ALIGNED)
+    gradient = pointer(tl.load(row), first, VALUE, FULL)
     value = read(gradient, offsets, inside, VALUE, FULL).to(AVERAGE)
     if scale is not None:
         value *= (1.0 / number(scale[0], scale[1])).to(AVERAGE)
     if GUARD:
         count(out, inside & ~finite(value))
     c = number(coefficient[0], coefficient[1])
-    average = pointer(tl.load(row + 4), first, AVERAGE, ALIGNED)
+    average = pointer(tl.load(row + 4), first, AVERAGE, FULL)
     slowly = _averaged(average, offsets, inside, value, c, AVERAGE, GUARD, FULL)
     if SETS == 2:
-        square = pointer(tl.load(row + 5), first, AVERAGE, ALIGNED)
+        square = pointer(tl.load(row + 5), first, AVERAGE, FULL)
         _averaged(square, offsets, inside, value * value, c, AVERAGE, GUARD, FULL)
     if slow is not None:
         filtered = number(slow[0], slow[1]).to(AVERAGE) * slowly
@@ -105,7 +105,6 @@ def _filter(
     AVERAGE: tl.constexpr,
     GUARD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     here = blocks + 2 * tl.program_id(0).to(tl.int64)
     row = rows + (4 + SETS) * tl.load(here).to(tl.int64)
@@ -113,16 +112,17 @@ def _filter(
     left = tl.load(row + 1) - first
     if taken is not None:
         left = tl.where(tl.load(taken), left, 0)
-    if left >= BLOCK:
-        _block(row, first, left, out, coefficient, raw, slow, scale, SETS, VALUE, AVERAGE, GUARD, BLOCK, ALIGNED, True)
+    if (left >= BLOCK) & aligned(row, SETS):
+        _block(row, first, left, out, coefficient, raw, slow, scale, SETS, VALUE, AVERAGE, GUARD, BLOCK, True)
     elif left > 0:
-        _block(row, first, left, out, coefficient, raw, slow, scale, SETS, VALUE, AVERAGE, GUARD, BLOCK, ALIGNED, False)
+        _block(row, first, left, out, coefficient, raw, slow, scale, SETS, VALUE, AVERAGE, GUARD, BLOCK, False)
 
 
 class Filter(AddressedFilter):
     def __init__(self, averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: bool) -> None:
         super().__init__(averages, squares, guard)
         check(averages, self.averages)
+        self.table: Any = None
         if averages:
             self.device = averages[0].device
             self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -143,7 +143,7 @@ class Filter(AddressedFilter):
         # What is uploaded while a graph is captured is there only when the graph runs.
         if self._moved(gradients, capturing()):
             check(gradients, self.averages)
-            self.table = Table(*self._divide(gradients), [0] * len(self.mine), BLOCK)
+            self.table = Table(*self._divide(gradients), [0] * len(self.mine), BLOCK, self.table)
         if self.table.programs:
             increment_version(self.written)
             increment_version([gradients[n] for n in self.mine])

@@ -26,8 +26,8 @@ __all__ = ["linear", "mean", "remembering", "serves"]
 
 FEW = tl.constexpr(16)
 """Of how many values the size of a series is told."""
-SETTLED = tl.constexpr(1.0 - 2.0**-50)
-"""From where on what is seen of a weight is all of it."""
+UNSEEN = tl.constexpr(2.0**-50)
+"""Of a weight so little may still be missing for it to be settled. (1 - UNSEEN would be a float32 to Triton, and 1.)"""
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def _mean(
             if OUT == tl.float64:
                 made = tl.where(gone <= 0.5, y[None, :] + (gained - gone * y[None, :]), made)
             if DEBIAS:
-                if tl.min(seen, 0) < SETTLED:
+                if 1.0 - tl.min(seen, 0) > UNSEEN:
                     by_now = seen[None, :] + gone * (1.0 - seen)[None, :]
                     made /= number(held[0], held[1]) + by_now * number(rest[0], rest[1])
                     made = tl.where(by_now > 0.0, made, float("nan"))

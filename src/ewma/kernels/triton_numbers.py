@@ -47,6 +47,15 @@ def number(high, low):
 
 
 @triton.jit
+def aligned(row, SETS: tl.constexpr):
+    """Whether a value and its averages can be read 16 bytes at a time. (A view may begin anywhere.)"""
+    places = tl.load(row)
+    for k in tl.static_range(SETS):
+        places |= tl.load(row + 4 + k)
+    return places % 16 == 0
+
+
+@triton.jit
 def pointer(address, first, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """To the element `first` of what lies at an address; to its bits, where it is bfloat16."""
     if DTYPE == tl.bfloat16:
@@ -161,10 +170,15 @@ def halves(given: Coefficient, device: torch.device) -> tuple[Any, int]:
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured, which notes what is to be done and does nothing of it yet."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-_kept: list[Tensor] = []
+_kept: dict[int, Any] = {}
+"""What captured graphs read whenever they run, which nobody else may hold any more."""
+
+
+def _keep(thing: Any) -> None:
+    _kept[id(thing)] = thing
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
@@ -173,8 +187,12 @@ def _uploaded(table: Tensor, device: torch.device) -> Tensor:
         return table
     table = table.pin_memory()
     if capturing():
-        _kept.append(table)  # the graph reads it whenever it runs
+        _keep(table)
     return table.to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 class Table:
@@ -183,28 +201,49 @@ class Table:
     Args:
         values, averages, streams: of plain tensors on one device, as `addresses.rows` lists them.
         block: how many elements a program takes.
+        last: a table made before: of tensors of the same sizes the same programs take the same blocks.
     """
 
     def __init__(
-        self, values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]], streams: Sequence[int], block: int
+        self,
+        values: Sequence[Tensor],
+        averages: Sequence[Sequence[Tensor]],
+        streams: Sequence[int],
+        block: int,
+        last: Table | None = None,
     ) -> None:
-        counts = torch.tensor([-(-value.numel() // block) for value in values], dtype=torch.int64)
+        self.sizes = block, [value.numel() for value in values]
+        counts = torch.tensor([-(-size // block) for size in self.sizes[1]], dtype=torch.int64)
         self.programs = int(counts.sum())
         if not self.programs:
             return
-        self.device = values[0].device
+        self.device, self.captured = values[0].device, capturing()
         rows = torch.tensor(list(addresses.rows(values, averages, [stream & noise.MASK for stream in streams])))
-        tensor = torch.repeat_interleave(torch.arange(len(values)), counts)
-        place = torch.arange(self.programs) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        self.rows = _uploaded(rows, self.device)
-        self.blocks = _uploaded(torch.stack((tensor, place), 1).to(torch.int32), self.device)
+        self.rows, self.rows_on = _uploaded(rows, self.device), _stream(self.device)
+        self.blocks: Tensor
+        self.blocks_on: Any
+        if last and last.programs and not last.captured and (last.sizes, last.device) == (self.sizes, self.device):
+            self.blocks, self.blocks_on = last.blocks, last.blocks_on
+        else:
+            tensor = torch.repeat_interleave(torch.arange(len(values)), counts)
+            place = torch.arange(self.programs) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            self.blocks = _uploaded(torch.stack((tensor, place), 1).to(torch.int32), self.device)
+            self.blocks_on = self.rows_on
         self.constants = {
             "SETS": len(averages),
             "VALUE": DTYPES[values[0].dtype],
             "AVERAGE": DTYPES[averages[0][0].dtype],
             "BLOCK": block,
-            "ALIGNED": not bool((rows[:, [0, *range(4, rows.shape[1])]] % 16).any()),
         }
+
+    def used(self, counter: Tensor) -> None:
+        """Make sure that what a launch reads now stays until that is done: on whatever stream, in whatever graph."""
+        now, parts = _stream(self.device), ((self.rows, self.rows_on), (self.blocks, self.blocks_on))
+        for tensor, made_on in (*parts, (counter, self.rows_on)):
+            if capturing():
+                _keep(tensor)
+            if made_on != now:
+                tensor.record_stream(now)
 
 
 def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, **constants: Any) -> None:
@@ -214,6 +253,11 @@ def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, *
 
 
 def launch(kernel: Any, table: Table, *given: Any, **constants: Any) -> None:
-    """Run a kernel on all blocks of a table. No operations are fused: the bits are those of every other kernel."""
+    """Run a kernel on all blocks of a table. No operations are fused: the bits are those of every other kernel.
+
+    Args:
+        given: what the kernel takes, first of all where it counts what it leaves out.
+    """
+    table.used(given[0])
     constants |= table.constants | {"enable_fp_fusion": False}
     run(kernel, (table.programs,), table.device, table.rows, table.blocks, *given, **constants)
