@@ -104,11 +104,11 @@ class GradientEMA:
                 "GradientEMA cannot filter LBFGS: it evaluates its closure many times a step, along a line on which it "
                 "needs the gradient of the loss itself. Use another optimizer, or LBFGS without GradientEMA."
             )
-        if not (model is None or isinstance(model, nn.Module)):
-            came: Any = model
-            known = f"profile={came!r}" if isinstance(came, Profile) else "half_life=..."
+        named: Any = model
+        if not (named is None or isinstance(named, nn.Module)):
+            known = f"profile={named!r}" if isinstance(named, Profile) else "half_life=..."
             raise TypeError(
-                f"expected the model whose names to use, an nn.Module; got {type(model).__name__}. How the past is "
+                f"expected the model whose names to use, an nn.Module; got {type(named).__name__}. How the past is "
                 f"weighted goes by name: GradientEMA(optimizer, {known})."
             )
         knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
