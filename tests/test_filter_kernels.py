@@ -194,3 +194,64 @@ def test_gradients_that_share_memory_are_refused_by_the_compiled_kernel(monkeypa
     gradient = torch.ones(8)
     with pytest.raises(ValueError, match="two tensors overlap"):
         kernels.filter([torch.zeros(8), torch.zeros(8)], None)([gradient, gradient], 0.5, 1.0, 1.0)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    if NATIVE_MISSING:
+        pytest.skip(NATIVE_MISSING)
+    monkeypatch.setenv("EWMA_KERNEL", "native")
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(4)
+    return tensor
+
+
+ROOM = torch.ones(40)
+LATER = {
+    "share memory": (lambda: [ROOM[:8], ROOM[7:15]], "two tensors overlap"),
+    "share memory with an average": (lambda: [AVERAGES[1].view(8), torch.ones(8)], "two tensors overlap"),
+    "have lost their memory": (lambda: [torch.ones(8), freed(torch.ones(8))], "with memory behind them"),
+    "have other shapes": (lambda: [torch.ones(8), torch.ones(7)], r"expected an average of shape \[7\]; got \[8\]"),
+    "have other dtypes": (lambda: [torch.ones(8), torch.ones(8).double()], "expected values of one dtype"),
+}
+AVERAGES = [torch.zeros(8), torch.zeros(8)]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("what", LATER)
+def test_what_later_gradients_must_not_do_is_refused_each_time(what: str) -> None:
+    make, message = LATER[what]
+    prepared = kernels.filter(AVERAGES, None)
+    good = [torch.ones(8), torch.ones(8)]
+    prepared(good, 0.5, 1.0, 0.0)
+    bad = make()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            prepared(bad, 0.5, 1.0, 0.0)
+    prepared(good, 0.5, 1.0, 0.0)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_later_gradients_may_be_neighbours_or_of_a_kind_that_only_torch_reads() -> None:
+    averages = [torch.zeros(8), torch.zeros(0), torch.zeros(8)]
+    prepared = kernels.filter(averages, None)
+    room, negated = torch.zeros(3, 8), torch._neg_view(torch.zeros(8))
+    for step, (value, other) in enumerate(
+        [(room[0], room[1]), (room[1], room[0]), (negated, room[2]), (room[1], negated), (room[2], room[1])], 1
+    ):
+        before = [average.clone() for average in averages]
+        prepared([value.fill_(step), room[0][:0], other.fill_(-step)], 0.5, 1.0, 2.0)
+        torch.testing.assert_close(averages, [0.5 * (before[0] + step), before[1], 0.5 * (before[2] - step)])
+        torch.testing.assert_close([value + 0.0, other + 0.0], [step + 2.0 * averages[0], 2.0 * averages[2] - step])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_averages_whose_memory_moves_are_found_again() -> None:
+    average, gradient = torch.zeros(8), torch.ones(8)
+    prepared = kernels.filter([average], None)
+    prepared(gradient.split(8), 0.5, 1.0, 0.0)
+    average.share_memory_()
+    prepared(gradient.split(8), 0.5, 1.0, 0.0)
+    assert average.tolist() == [0.75] * 8

@@ -47,7 +47,7 @@ def _watch(model: nn.Module, watched: list[Tensor]) -> Callable[[], bool]:
         except (BufferError, RuntimeError):  # there is a tensor of a kind that torch lends to nobody
             return partial(_moved, tables, members, watched, _places(watched))
         parts = array("Q", (part._cdata for each in watched for part in (each, each.untyped_storage())))
-        return partial(_native.moved, tables, members, watched, parts, exchange, noted)
+        return partial(_native.moved, tables, members, watched, parts, exchange, *noted)
     return partial(_moved, tables, members, watched, _places(watched))
 
 

@@ -91,8 +91,11 @@ def instruction_sets() -> list[str]:
 def use(name: str) -> str:
     """Use another of them from here on; gives the one before."""
 
-def places(tensors: list[Tensor], exchange: object) -> bytes:
-    """Memory, device, dtype, shape and strides of each. `exchange` is `torch.Tensor.__dlpack_c_exchange_api__`."""
+def places(tensors: list[Tensor], exchange: object) -> tuple[bytes, bytes]:
+    """Device, dtype, shape and strides of each; and each one's address, in 8 bytes.
+
+    `exchange` is `torch.Tensor.__dlpack_c_exchange_api__`. An error where there is a tensor that torch lends to nobody.
+    """
 
 def moved(
     tables: list[dict[str, Any]],
@@ -100,9 +103,10 @@ def moved(
     tensors: list[Tensor],
     parts: array[int],
     exchange: object,
-    noted: bytes,
+    layouts: bytes,
+    addresses: bytes,
 ) -> bool:
-    """Whether the tables hold other members, or the tensors' places are not those noted.
+    """Whether the tables hold other members, or the tensors' `places` are others.
 
     `parts` are two addresses for each tensor, of memory that torch reads to tell where it is.
     """

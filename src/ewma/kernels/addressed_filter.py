@@ -1,7 +1,6 @@
 """What the filters that go by addresses share: gradients lie elsewhere at every step.
 
-Where one lies is asked anew each time, and all is checked again where anything has changed. What only torch can read,
-by dtype or layout, is left to foreach.
+Where one lies is asked anew each time. What only torch can read, by dtype or layout, is left to foreach.
 """
 
 from __future__ import annotations
@@ -21,19 +20,12 @@ class AddressedFilter:
     def __init__(self, averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: bool) -> None:
         self.averages = [list(averages)] if squares is None else [list(averages), list(squares)]
         self.guard = guard
-        self.places: Any = None
         self.left_out = 0
         self.others: dict[tuple[int, ...], foreach_filter.Filter] = {}
 
     @property
     def skipped(self) -> Any:
         return self.left_out + sum((other.skipped for other in self.others.values()), start=0)
-
-    def _moved(self, gradients: Sequence[Tensor], *more: Any) -> bool:
-        """Whether anything has changed since this was asked last."""
-        before, self.places = self.places, [(each.data_ptr(), each.dtype, each.stride()) for each in gradients]
-        self.places.append(more)
-        return bool(before != self.places)
 
     def _divide(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         """The plain gradients and their averages; the numbers of the others are kept in `rest`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from ewma.kernels.layout import dense
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """What C calls them. Averages are of the first three; values of any other dtype are left to foreach."""
+
+
+HEADER, ROW = 4, 4
+"""The length of a table's header; and of a row, but for one average in each of its sets."""
 
 
 def divide(
@@ -67,6 +73,11 @@ def table(
     for row in rows(values, averages, streams):
         listed.extend(row)
     return listed
+
+
+def readdress(listed: array[int], addresses: array[int]) -> None:
+    """Exchange in a table where the values lie."""
+    listed[HEADER :: ROW + listed[0]] = addresses
 
 
 PLACES = {"native": "the CPU", "triton": "a CUDA device (or on the CPU, slowly, for tests: TRITON_INTERPRET=1)"}
@@ -137,6 +148,13 @@ def check_overlap(values: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]
             )
         end = max(end, stop)
         end_of_written = max(end_of_written, stop) if written else end_of_written
+
+
+def disjoint(starts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether no two stretches of memory overlap: each has ended when the next begins."""
+    begin = list(compress(starts, sizes))
+    end = sorted(map(operator.add, begin, filter(None, sizes)))
+    return all(map(operator.le, end, sorted(begin)[1:]))
 
 
 def _listed(things: Iterable[object]) -> str:

@@ -50,7 +50,7 @@ class Filter:
         copies = {}
         vectors = []
         for number, (gradient, average) in enumerate(zip(gradients, self.like, strict=True)):
-            if not (dense(gradient) and gradient.stride() == average.stride()):
+            if gradient.is_neg() or not (dense(gradient) and gradient.stride() == average.stride()):
                 copies[number] = gradient
                 gradient = torch.empty_like(average, dtype=gradient.dtype).copy_(gradient)
             vectors.append(flat(gradient))

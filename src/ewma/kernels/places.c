@@ -25,10 +25,10 @@ typedef struct {
     int (*lend)(void *object, DLTensor *tensor); /* NULL where the owner of the tensors has none */
 } Exchange;
 
-/* What is noted of each tensor; ndim sizes and ndim strides follow. */
+/* How a tensor is laid out; ndim sizes and ndim strides follow. */
 typedef struct {
-    int64_t data, byte_offset, device, dtype, ndim;
-} Place;
+    int64_t device, dtype, ndim;
+} Layout;
 
 static const Exchange *exchange_of(PyObject *capsule)
 {
@@ -40,22 +40,21 @@ static const Exchange *exchange_of(PyObject *capsule)
     return exchange;
 }
 
-static int lend(const Exchange *exchange, PyObject *object, DLTensor *tensor, Place *place)
+static int lend(const Exchange *exchange, PyObject *object, DLTensor *tensor, Layout *layout, uint64_t *address)
 {
     if (!object || exchange->lend(object, tensor) != 0) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_BufferError, "a tensor cannot be lent");
         return -1;
     }
-    place->data = (int64_t)(intptr_t)tensor->data;
-    place->byte_offset = (int64_t)tensor->byte_offset;
-    place->device = (int64_t)tensor->device.type << 32 | (uint32_t)tensor->device.id;
-    place->dtype = tensor->dtype.code | tensor->dtype.bits << 8 | (int64_t)tensor->dtype.lanes << 16;
-    place->ndim = tensor->ndim;
+    layout->device = (int64_t)tensor->device.type << 32 | (uint32_t)tensor->device.id;
+    layout->dtype = tensor->dtype.code | tensor->dtype.bits << 8 | (int64_t)tensor->dtype.lanes << 16;
+    layout->ndim = tensor->ndim;
+    *address = (uint64_t)(uintptr_t)tensor->data + tensor->byte_offset;
     return 0;
 }
 
-/* places(tensors, exchange) -> bytes: first their number is counted, then they are written. */
+/* places(tensors, exchange) -> (layouts, addresses): first the bytes are counted, then they are written. */
 PyObject *py_places(PyObject *module, PyObject *arguments)
 {
     PyObject *tensors, *capsule;
@@ -66,37 +65,45 @@ PyObject *py_places(PyObject *module, PyObject *arguments)
     if (!exchange)
         return NULL;
     DLTensor tensor;
-    Place place;
+    Layout layout;
+    uint64_t address;
+    const Py_ssize_t count = PyList_Size(tensors);
     size_t length = 0;
-    for (Py_ssize_t i = 0; i < PyList_Size(tensors); i++) {
-        if (lend(exchange, PyList_GetItem(tensors, i), &tensor, &place) < 0)
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (lend(exchange, PyList_GetItem(tensors, i), &tensor, &layout, &address) < 0)
             return NULL;
-        length += sizeof place + 2 * sizeof(int64_t) * (size_t)tensor.ndim;
+        length += sizeof layout + 2 * sizeof(int64_t) * (size_t)tensor.ndim;
     }
-    PyObject *noted = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
-    char *next = noted ? PyBytes_AsString(noted) : NULL;
-    for (Py_ssize_t i = 0; noted && i < PyList_Size(tensors); i++) {
-        if (lend(exchange, PyList_GetItem(tensors, i), &tensor, &place) < 0) {
-            Py_CLEAR(noted);
-            break;
-        }
+    PyObject *layouts = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
+    PyObject *addresses = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof address), *both = NULL;
+    if (!layouts || !addresses)
+        goto done;
+    char *next = PyBytes_AsString(layouts), *next_address = PyBytes_AsString(addresses);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (lend(exchange, PyList_GetItem(tensors, i), &tensor, &layout, &address) < 0)
+            goto done;
         const size_t sizes = sizeof(int64_t) * (size_t)tensor.ndim;
-        memcpy(next, &place, sizeof place);
+        memcpy(next, &layout, sizeof layout);
         if (sizes) {
-            memcpy(next + sizeof place, tensor.shape, sizes);
-            memcpy(next + sizeof place + sizes, tensor.strides, sizes);
+            memcpy(next + sizeof layout, tensor.shape, sizes);
+            memcpy(next + sizeof layout + sizes, tensor.strides, sizes);
         }
-        next += sizeof place + 2 * sizes;
+        next += sizeof layout + 2 * sizes;
+        memcpy(next_address + (size_t)i * sizeof address, &address, sizeof address);
     }
-    return noted;
+    both = PyTuple_Pack(2, layouts, addresses);
+done:
+    Py_XDECREF(layouts);
+    Py_XDECREF(addresses);
+    return both;
 }
 
-/* The noted bytes that equal `part` are passed by; 0 where they differ. */
-static int passed(const char **noted, const char *end, const void *part, size_t size)
+/* Bytes of the layouts that equal `part` are passed by; 0 where they differ. */
+static int passed(const char **layouts, const char *end, const void *part, size_t size)
 {
-    if ((size_t)(end - *noted) < size || (size && memcmp(*noted, part, size) != 0))
+    if ((size_t)(end - *layouts) < size || (size && memcmp(*layouts, part, size) != 0))
         return 0;
-    *noted += size;
+    *layouts += size;
     return 1;
 }
 
@@ -119,22 +126,24 @@ static void fetch_early(PyObject *tensor, const uint64_t *parts)
     PREFETCH(parts[1] + LINE);
 }
 
-/* moved(tables, members, tensors, parts, exchange, noted) -> bool */
+/* moved(tables, members, tensors, parts, exchange, layouts, addresses) -> bool */
 PyObject *py_moved(PyObject *module, PyObject *arguments)
 {
     PyObject *tables, *members, *tensors, *capsule;
-    const char *noted;
+    const char *layouts, *addresses;
     Py_buffer parts;
-    Py_ssize_t length, seen = 0;
+    Py_ssize_t length, address_length, seen = 0;
     int answer = -1;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "O!O!O!y*Oy#:moved", &PyList_Type, &tables, &PyList_Type, &members, &PyList_Type,
-                          &tensors, &parts, &capsule, &noted, &length))
+    if (!PyArg_ParseTuple(arguments, "O!O!O!y*Oy#y#:moved", &PyList_Type, &tables, &PyList_Type, &members,
+                          &PyList_Type, &tensors, &parts, &capsule, &layouts, &length, &addresses, &address_length))
         return NULL;
     const Py_ssize_t member_count = PyList_Size(members), count = PyList_Size(tensors);
     const Exchange *exchange = exchange_of(capsule);
     if (exchange && parts.len != count * 2 * (Py_ssize_t)sizeof(uint64_t))
         PyErr_SetString(PyExc_ValueError, "expected two parts for each tensor");
+    if (exchange && address_length != count * (Py_ssize_t)sizeof(uint64_t))
+        PyErr_SetString(PyExc_ValueError, "expected an address for each tensor");
     if (PyErr_Occurred())
         goto done;
     answer = 1;
@@ -147,22 +156,24 @@ PyObject *py_moved(PyObject *module, PyObject *arguments)
     }
     if (seen != member_count)
         goto done;
-    const char *end = noted + length;
+    const char *end = layouts + length;
     for (Py_ssize_t i = 0; i < count; i++) {
         DLTensor tensor;
-        Place place;
+        Layout layout;
+        uint64_t address;
         if (i + AHEAD < count)
             fetch_early(PyList_GetItem(tensors, i + AHEAD), (const uint64_t *)parts.buf + 2 * (i + AHEAD));
-        if (lend(exchange, PyList_GetItem(tensors, i), &tensor, &place) < 0) {
+        if (lend(exchange, PyList_GetItem(tensors, i), &tensor, &layout, &address) < 0) {
             PyErr_Clear(); /* it was lent before */
             goto done;
         }
         const size_t sizes = sizeof(int64_t) * (size_t)tensor.ndim;
-        if (!passed(&noted, end, &place, sizeof place) || !passed(&noted, end, tensor.shape, sizes)
-            || !passed(&noted, end, tensor.strides, sizes))
+        if (memcmp(addresses + (size_t)i * sizeof address, &address, sizeof address) != 0
+            || !passed(&layouts, end, &layout, sizeof layout) || !passed(&layouts, end, tensor.shape, sizes)
+            || !passed(&layouts, end, tensor.strides, sizes))
             goto done;
     }
-    answer = noted != end;
+    answer = layouts != end;
 done:
     PyBuffer_Release(&parts);
     return answer < 0 ? NULL : PyBool_FromLong(answer);

@@ -123,6 +123,7 @@ class Filter(AddressedFilter):
         super().__init__(averages, squares, guard)
         check(averages, self.averages)
         self.table: Any = None
+        self.places: list[Any] = []  # that the table was made for
         if averages:
             self.device = averages[0].device
             self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -140,10 +141,12 @@ class Filter(AddressedFilter):
         scale: float | Tensor | None = None,
         taken: Tensor | None = None,
     ) -> None:
-        # What is uploaded while a graph is captured is there only when the graph runs.
-        if self._moved(gradients, capturing()):
+        places = self._places(gradients)
+        if places != self.places:
+            self.places = []
             check(gradients, self.averages)
             self.table = Table(*self._divide(gradients), [0] * len(self.mine), BLOCK, self.table)
+            self.places = places
         if self.table.programs:
             increment_version(self.written)
             increment_version([gradients[n] for n in self.mine])
@@ -161,3 +164,8 @@ class Filter(AddressedFilter):
             )
         if self.rest:
             self._by_torch(self.rest, gradients, coefficient, raw, slow, scale, taken)
+
+    def _places(self, gradients: Sequence[Tensor]) -> list[Any]:
+        """All that the table depends on. One uploaded while a graph is captured is there only when the graph runs."""
+        tensors = [*gradients, *(average for each in self.averages for average in each)]
+        return [capturing(), *((each.data_ptr(), each.dtype, each.stride(), each.is_neg()) for each in tensors)]
