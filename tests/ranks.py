@@ -42,8 +42,10 @@ class Died:
     """What `on_ranks` gives for a rank that ended without an answer, if that was expected."""
 
 
-def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, dies: int | None = None) -> list[Any]:
-    """What `function(*arguments)` returns on each rank of a gloo group; an error with the text of every rank's own.
+def on_ranks(
+    function: Callable[..., Any], ranks: int, *arguments: Any, dies: int | None = None, backend: str = "gloo"
+) -> list[Any]:
+    """What `function(*arguments)` returns on each rank of a group; an error with the text of every rank's own.
 
     Args:
         dies: a rank that is expected to end without an answer; what others raise is then given instead of raised.
@@ -53,7 +55,7 @@ def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, dies: in
         pipes, processes = [], []
         for rank in range(ranks):
             mine, theirs = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_rank, args=(theirs, meeting, rank, ranks, function, arguments))
+            process = CONTEXT.Process(target=_rank, args=(theirs, meeting, rank, ranks, backend, function, arguments))
             process.start()
             theirs.close()
             pipes.append(mine)
@@ -103,13 +105,14 @@ def _rank(
     meeting: str,
     rank: int,
     ranks: int,
+    backend: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        dist.init_process_group("gloo", meeting, timedelta(seconds=LIMIT), ranks, rank)
+        dist.init_process_group(backend, meeting, timedelta(seconds=LIMIT), ranks, rank)
         answer = function(*arguments)
     except BaseException:
         answer = _Failure(traceback.format_exc(limit=-4))
