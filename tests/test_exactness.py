@@ -465,6 +465,33 @@ def test_a_long_memory_that_began_at_the_first_value_is_exact_over_a_gap(half_li
     same(source.var(unbiased=False), truth["var"], 1e-9 * truth["var"], "var")
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 16, 17, 40, 1100])
+def test_sums_of_large_values_may_overflow_at_any_step(n: int) -> None:
+    """Also where those of the last steps do not: windows of steps are summed side by side."""
+    for place in {0, 1, 2, 6, 13, 14, 15, n - 2} & set(range(n - 1)):
+        x = np.zeros(n)
+        x[place : place + 2] = 1.5e308
+        truth = Defined(x, keep=halves(200.0))
+        same(ewma.smooth(x, half_life=200.0), truth["mean"], 1e-14 * 1.5e308, "mean")
+        x[place : place + 2] = 1e154
+        truth = Defined(x, keep=halves(200.0))
+        same(ewma.ewm(x, half_life=200.0).var(), truth["unbiased var"], 1e-12 * 1e308, "var")
+
+
+@pytest.mark.parametrize("kept", [0.1, 1e-2, 1e-6, 1e-12, 1e-30, 1e-100])
+@pytest.mark.parametrize("debias", [True, False])
+def test_variances_are_exact_however_little_a_step_keeps(kept: float, debias: bool) -> None:
+    x = noise(40)
+    half_life = -math.log(2.0) / math.log(kept)
+    truth = Defined(x, keep=halves(half_life), debias=debias)
+    for values in (x, np.stack([x, x]), torch.tensor(x), torch.tensor(x, requires_grad=True)):
+        source = ewma.ewm(values, half_life=half_life, debias=debias)
+        for unbiased, name in ((True, "unbiased var"), (False, "var")):
+            var = source.var(unbiased=unbiased)
+            var = np.asarray(var.detach() if isinstance(var, torch.Tensor) else var)[None].reshape(-1, 40)[-1]
+            same(var, truth[name], 1e-11 * truth[name], name)
+
+
 def test_until_time_passes_the_newest_is_all_there_is_by_time() -> None:
     x, times = [NAN, 2.0, 4.0, 6.0, 9.0], [0, 0, 0, 1, 2]
     expected = [NAN, 2.0, 4.0, 6.0, 8.0]  # 6 and 9 weigh 1/4 and 1/2

@@ -406,6 +406,8 @@ def test_two_knobs_names_both_and_the_fix():
         ("half_life", 0, "half_life must be a finite number above 0; got half_life=0"),
         ("half_life", -2, "half_life must be a finite number above 0; got half_life=-2"),
         ("half_life", math.inf, "above 0; got half_life=inf"),
+        ("half_life", 10**400, "above 0; got half_life=inf"),
+        ("span", -(10**400), "at least 1; got span=-inf"),
         ("decay", 1, r"decay must be in \[0, 1\); got decay=1. decay=1 never moves"),
         ("decay", 1.5, "got decay=1.5. .* may have been meant as half_life="),
         ("decay", -0.1, "got decay=-0.1"),

@@ -169,6 +169,14 @@ def test_one_column_repeated_without_memory_is_as_many_columns():
     np.testing.assert_allclose(smooth(t.expand(3, 200), alpha=0.1), torch.stack([smooth(t, alpha=0.1)] * 3), rtol=1e-13)
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", "float16"), ("float32", "float32"), ("int64", "float64")])
+def test_of_a_masked_array_the_floating_dtype_is_kept(dtype: str, expected: str):
+    x = np.ma.masked_array(np.array([1, 100, 4], dtype), mask=[False, True, False])
+    result = smooth(x, alpha=0.5)
+    assert result.dtype == expected
+    np.testing.assert_array_equal(result, smooth(np.array([1.0, NAN, 4.0], expected), alpha=0.5))
+
+
 def test_what_is_masked_is_missing():
     x = np.ma.masked_array([1.0, 100.0, 4.0], mask=[False, True, False])
     close(smooth(x, alpha=0.5), definition([1.0, NAN, 4.0]))
@@ -1003,12 +1011,20 @@ BAD_SERIES = [
     (
         pd.Series(["a"], name="n"),
         TypeError,
-        "x: expected columns of real numbers; 'n' are not. Select some, for example x.select",
+        r"x: expected a series of real numbers; got one of str\. Convert it first: pandas\.to_numeric\(x\)",
     ),
-    (pd.Series([1j], name="n"), TypeError, "x: expected columns of real numbers; 'n' are not"),
-    (pd.Series([1.0, None], dtype=object, name="n"), TypeError, "x: expected columns of real numbers; 'n' are not"),
-    (pd.Series([DAY], name="n"), TypeError, "x: expected columns of real numbers; 'n' are not"),
-    (pd.Series([1], dtype="category", name="n"), TypeError, "x: expected columns of real numbers; 'n' are not"),
+    (pd.Series([1j], name="n"), TypeError, "x: expected a series of real numbers; got one of complex128"),
+    (
+        pd.Series([1.0, None], dtype=object, name="n"),
+        TypeError,
+        "x: expected a series of real numbers; got one of object",
+    ),
+    (pd.Series([DAY], name="n"), TypeError, "x: expected a series of real numbers; got one of datetime64"),
+    (
+        pd.Series([1], dtype="category", name="n"),
+        TypeError,
+        "x: expected a series of real numbers; got one of category",
+    ),
     (
         pd.DataFrame({"a": [1.0], "b": ["x"], "c": [DAY]}),
         TypeError,
@@ -1018,11 +1034,16 @@ BAD_SERIES = [
     (
         pl.Series("n", ["a"]),
         TypeError,
-        r"x: expected columns of real numbers; 'n' are not\. .*polars\.selectors\.numeric",
+        r"x: expected a series of real numbers; got one of String\. Convert it first: x\.cast\(polars\.Float64\)",
     ),
-    (pl.Series("n", [[1.0], [2.0]]), TypeError, "x: expected columns of real numbers; 'n' are not"),
-    (pl.Series("n", [DAY]), TypeError, "x: expected columns of real numbers; 'n' are not"),
-    (pl.DataFrame({"a": [1.0], "b": ["x"]}), TypeError, "x: expected columns of real numbers; 'b' are not"),
+    (pl.Series("n", [[1.0], [2.0]]), TypeError, "x: expected a series of real numbers; got one of List"),
+    (pl.Series("n", [DAY]), TypeError, "x: expected a series of real numbers; got one of Datetime"),
+    (
+        pl.DataFrame({"a": [1.0], "b": ["x"]}),
+        TypeError,
+        r"x: expected columns of real numbers; 'b' are not\. .*polars\.selectors\.numeric",
+    ),
+    ([10**400, 1], ValueError, "x: expected numbers, .* int too large to convert to float. None is a missing value"),
     (pl.LazyFrame({"a": [1.0]}), TypeError, "x: .*LazyFrame"),
 ]
 
@@ -1098,7 +1119,16 @@ BAD_TIMES = [
     (pl.Series([DAY, None, DAY]), ValueError, r"expected a time for every value; times\[1\] is NaT"),
     ([DAY, None, DAY], TypeError, "expected every time to be a datetime, as the first is; got None"),
     ([DAY, 1, 2], TypeError, "expected every time to be a datetime, as the first is; got 1"),
-    ([1, DAY, DAY], TypeError, "expected times as numbers, datetimes or timedeltas; got object"),
+    ([1, DAY, DAY], TypeError, r"expected times as numbers, datetimes or timedeltas; got times\[1\] = datetime"),
+    ([1, None, 2], TypeError, r"expected times as numbers, datetimes or timedeltas; got times\[1\] = None$"),
+    ([1, "2", 3], TypeError, "expected times as numbers, .* Text is parsed by"),
+    ([10**30, 10**30 + 1, 10**30 + 2], TypeError, r"too large\. Count from the first: \[time - times\[0\] for time in"),
+    (
+        [DAY, DAY.replace(tzinfo=datetime.UTC), DAY],
+        TypeError,
+        "expected all times with a time zone or none; got .* and ",
+    ),
+    (pd.period_range("2026", periods=3), TypeError, r"A period becomes its begin with times\.to_timestamp\(\)"),
     ([datetime.timedelta(0), None, datetime.timedelta(1)], (TypeError, ValueError), "expected"),
     (
         [datetime.time(1), datetime.time(2), datetime.time(3)],
@@ -1365,3 +1395,9 @@ def test_what_failed_leaves_the_input_and_the_series_as_they_were():
     np.testing.assert_array_equal(first[0], first[2])
     np.testing.assert_array_equal(first[1], first[3])
     np.testing.assert_array_equal(x, GAPPY)
+
+
+def test_a_negated_view_is_smoothed_as_what_it_is():
+    x = torch.tensor([1.0 + 2.0j, 3.0 + 4.0j]).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(smooth(x, alpha=0.5), smooth(-torch.tensor([2.0, 4.0]), alpha=0.5))

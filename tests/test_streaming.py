@@ -193,7 +193,7 @@ def test_values_one_by_one_between_chunks_give_what_the_whole_gives(way: Way, ru
 
 @several_ways
 @fewer
-@given(run=runs(), rule=rules(missing=("skip", "propagate")), data=st.data())
+@given(run=runs(), rule=rules(), data=st.data())
 def test_an_elapsed_between_chunks_with_times_is_a_time_stamp(way: Way, run: Run, rule: dict, data):
     """A value by update comes `elapsed` after the last stamp, and later stamps go on from there."""
     n = len(run.x)
@@ -733,7 +733,50 @@ def test_merged_runs_with_times_go_on_from_the_last_stamp():
     assert first.var() == pytest.approx(whole.var(), rel=1e-13)
 
 
+def test_what_is_merged_comes_after_what_was_seen():
+    ema, later = EMA(half_life=2.0), EMA(half_life=2.0)
+    ema.extend([1.0, 2.0], times=[10, 11]), later.extend([3.0, 4.0], times=[2, 3])
+    before = ema.state_dict()
+    with pytest.raises(ValueError, match="expected values that came later; the last of them is of 3, before 11"):
+        ema.merge(later)
+    unchanged(ema, before)
+    later = EMA(half_life=2.0)
+    later.extend([3.0], times=np.array(["2026-01-01"], "datetime64[s]"))
+    with pytest.raises(TypeError, match="expected times as before, such as 11; got"):
+        ema.merge(later)
+
+
+def test_merged_values_without_times_move_the_last_stamp_on_by_what_has_passed():
+    whole, ema, later = (EMA(half_life=2.0) for _ in range(3))
+    ema.extend([1.0, 2.0], times=[0, 1]), later.update(3.0), later.update(4.0, elapsed=2.0)
+    ema.merge(later)
+    assert ema.extend([5.0], times=[6]) == pytest.approx(
+        whole.extend([1.0, 2.0, 3.0, 4.0, 5.0], times=[0, 1, 2, 4, 6])[-1:]
+    )
+
+
+def test_a_run_with_a_y_merges_with_one_that_has_it_too():
+    ema, later = EMA(half_life=2.0), EMA(half_life=2.0)
+    ema.update(1.0, y=2.0), later.update(3.0)
+    for first, second in ((ema, later), (later, ema)):
+        before = first.state_dict()
+        with pytest.raises(TypeError, match="only one of them has seen a y; a covariance needs every pair"):
+            first.merge(second)
+        unchanged(first, before)
+
+
 # ---- what was given stays as it was
+
+
+@pytest.mark.parametrize("x", [1.0, np.ones(2), torch.ones(2)], ids=["float", "numpy", "torch"])
+def test_a_copy_goes_its_own_way(x):
+    ema = EMA(half_life=3.0)
+    ema.update(x)
+    before = ema.state_dict()
+    for twin in (copy.copy(ema), copy.deepcopy(ema)):
+        twin.update(9.0 * x)
+        assert twin.count == 2
+    unchanged(ema, before)
 
 
 @pytest.mark.parametrize("n", [1, 2, 40, 200])
@@ -1262,12 +1305,13 @@ def test_construction_errors(arguments: dict, error, text: str):
 def test_an_initial_needs_a_profile_that_forgets_and_cannot_be_merged():
     with pytest.raises(ValueError, match=r"initial= needs a profile that forgets, .*; Uniform\(\) does not"):
         EMA(Uniform(), initial=1.0)
-    ema, later = EMA(half_life=3.0, initial=1.0), EMA(half_life=3.0, initial=1.0)
-    ema.update(1.0), later.update(2.0)
-    before = ema.state_dict()
-    with pytest.raises(ValueError, match=r"cannot merge .*: it began at initial=, not debiased\. Leave initial= out"):
-        ema.merge(later)
-    unchanged(ema, before)
+    for initial, other, which in ((1.0, 1.0, "second"), (None, 1.0, "second"), (1.0, None, "first")):
+        ema, later = EMA(half_life=3.0, initial=initial), EMA(half_life=3.0, initial=other)
+        ema.update(1.0), later.update(2.0)
+        before = ema.state_dict()
+        with pytest.raises(ValueError, match=rf"cannot merge .*: the {which} began at initial=, .*Leave initial= out"):
+            ema.merge(later)
+        unchanged(ema, before)
 
 
 @pytest.mark.parametrize("x", [1.0, np.ones(3), torch.ones(3)], ids=["float", "numpy", "torch"])
@@ -1275,17 +1319,92 @@ def test_an_initial_of_another_shape_is_refused_and_named(x):
     ema = EMA(half_life=3.0, initial=[1.0, 2.0])
     with pytest.raises(ValueError, match=r"initial .*\[2\]"):
         ema.update(x)
-    unchanged(ema, EMA(half_life=3.0).state_dict())
+    unchanged(ema, EMA(half_life=3.0, initial=[1.0, 2.0]).state_dict())
 
 
 def test_merging_with_another_rule_names_what_differs():
     ema = EMA(half_life=3.0)
     ema.update(1.0)
     before = ema.state_dict()
-    for later in (EMA(half_life=3.0, nan="decay"), EMA(half_life=3.0, initial=1.0), EMA(Uniform())):
+    for later in (EMA(half_life=3.0, nan="decay"), EMA(Uniform())):
         later.update(2.0)
         with pytest.raises(ValueError, match="cannot merge .* make both with the same profile and weigh=, and nan="):
             ema.merge(later)
         unchanged(ema, before)
     with pytest.raises(TypeError, match=r"merge takes another EMA; got float\. One value is taken in by ema\.update"):
         ema.merge(3.0)
+
+
+@pytest.mark.parametrize("x", [pd.Series([1.0, 2.0]), pd.DataFrame({"a": [1.0]}), pl.Series([1.0])], ids=str)
+def test_a_series_as_one_value_is_refused_with_what_to_write(x):
+    ema = EMA(half_life=3.0)
+    text = (
+        rf"EMA\.update: .*got (pandas|polars)'s {type(x).__name__}\. As one value it is x\.to_numpy\(\); values along"
+    )
+    with pytest.raises(TypeError, match=text):
+        ema.update(x)
+    ema.update(x.to_numpy())
+
+
+def test_what_is_masked_is_missing():
+    ema, plain = EMA(half_life=3.0), EMA(half_life=3.0)
+    for mask in ([False, False], [False, True], [True, False]):
+        x = np.ma.masked_array(np.array([1.0 + sum(mask), 5.0], "float32"), mask)
+        ema.update(x, y=2 * x), plain.update(x.filled(NAN), y=2 * x.filled(NAN))
+        np.testing.assert_array_equal(ema.get(), plain.get())
+    assert (ema.skipped, ema.get().dtype) == (2, np.float32)
+    np.testing.assert_array_equal(ema.cov(), plain.cov())
+    np.testing.assert_array_equal(ema.zscore(x), plain.zscore(x.filled(NAN)))
+
+
+@pytest.mark.parametrize("elapsed", [datetime.timedelta(minutes=30), np.timedelta64(30, "m"), 1800])
+def test_an_elapsed_may_be_a_duration(elapsed):
+    ema = EMA(half_life=datetime.timedelta(hours=1))
+    ema.update(1.0), ema.update(2.0, elapsed=elapsed)
+    assert ema.get() == (2.0 + 0.5**0.5) / (1.0 + 0.5**0.5)
+
+
+def test_a_too_large_elapsed_is_refused():
+    with pytest.raises(ValueError, match="elapsed must be a finite number above 0"):
+        EMA(half_life=3.0).update(1.0, elapsed=10**400)
+
+
+@pytest.mark.parametrize("initial", [None, 1.0])
+def test_a_state_that_began_at_an_initial_needs_one(initial):
+    """Without it each value would weigh something else from then on."""
+    saved, ema = EMA(half_life=3.0, initial=initial), EMA(half_life=3.0, initial=2.0 if initial is None else None)
+    saved.update(5.0), ema.update(4.0)
+    before = ema.state_dict()
+    theirs, ours = ("value", "value from initial=") if initial is None else ("value from initial=", "value")
+    text = rf"the state was saved with .* by {theirs}, but this EMA has .* by {ours}\. Make it with the saved ones"
+    with pytest.raises(ValueError, match=text):
+        ema.load_state_dict(saved.state_dict())
+    unchanged(ema, before)
+    old = saved.state_dict()
+    del old["initial"]  # as versions before this wrote it
+    resumed = EMA(half_life=3.0, initial=initial)
+    resumed.load_state_dict(old)
+    assert resumed.get() == saved.get()
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_gap_before_a_value_by_update_is_as_long_as_the_times_say(debias: bool):
+    """For floats, arrays and tensors, and resumed from a state."""
+    expected = ewma.smooth([1.0, NAN, 3.0], alpha=0.3, times=[0, 1, 2], debias=debias, nan="decay")[-1]
+    for make in (list, lambda x: np.array([x]), lambda x: torch.tensor([x], dtype=torch.float64)):
+        for resumed in (False, True):
+            ema = EMA(alpha=0.3, debias=debias, nan="decay")
+            ema.extend(make([1.0, NAN]), times=[0, 1])
+            if resumed:
+                state, ema = ema.state_dict(), EMA(alpha=0.3, debias=debias, nan="decay")
+                ema.load_state_dict(state)
+            twin = copy.deepcopy(ema)
+            ema.update(make([3.0])[0]), twin.extend(make([3.0]))
+            assert double(ema.get()).ravel().tolist() == pytest.approx([expected], rel=1e-14)
+            assert double(twin.get()).ravel().tolist() == pytest.approx([expected], rel=1e-14)
+
+
+def test_no_warning_where_an_unbiased_variance_has_no_digits():
+    ema = EMA(decay=5e-324)
+    ema.update(np.array([1.0])), ema.update(np.array([1.0]))
+    ema.var()

@@ -5,6 +5,7 @@ Neither is imported before an array of it comes along.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, TypeAlias
 
@@ -24,6 +25,13 @@ def module_of(x: Array) -> Any:
 def is_real(x: Array) -> bool:
     """Whether x holds real numbers: not text, complex numbers or objects."""
     return not x.is_complex() if is_tensor(x) else x.dtype.kind in "iubf"
+
+
+def unmasked(x: Any) -> Any:
+    """A masked array of NumPy's as a plain one, what is masked being NaN; anything else as it is."""
+    if not hasattr(x, "filled"):
+        return x
+    return (x if x.dtype.kind == "f" else x.astype(float)).filled(math.nan)
 
 
 def wide(x: Array) -> Array:

@@ -21,7 +21,7 @@ from ewma import columns, kernels, passes
 from ewma.arrays import Array, before, full, like, may_ask, module_of, needs_gradient, wide
 from ewma.bases import base_of, fixed, matters, unit
 from ewma.residues import hides, left_out
-from ewma.weighting import Terms, Weights
+from ewma.weighting import LEAST_KEPT, Terms, Weights
 
 if TYPE_CHECKING:
     from ewma.moments import Moments
@@ -66,6 +66,8 @@ def alike(moments: Moments, xs: tuple[Array, ...], terms: Terms) -> Averaged | N
     """
     rule, weight = moments.rule, moments.weight
     if not rule.debias and weight not in (0.0, 1.0):
+        return None
+    if moments.wanted and terms.keep < LEAST_KEPT:
         return None
     n, in_place = xs[0].shape[1], not moments.learns(xs)
     weights = rule.constant_weights(terms, n, weight, xs[0], bool(moments.wanted))

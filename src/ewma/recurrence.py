@@ -36,7 +36,10 @@ def check_elapsed(elapsed: Any) -> float:
     if isinstance(elapsed, str) or not hasattr(elapsed, "__float__"):
         came = repr(elapsed) if isinstance(elapsed, str) else type(elapsed).__name__
         raise TypeError(f"elapsed must be a number: steps, samples or seconds since the last update; got {came}")
-    number = float(elapsed)
+    try:
+        number = float(elapsed)
+    except OverflowError:
+        number = math.inf
     if not 0.0 < number < math.inf:
         raise ValueError(
             f"elapsed must be a finite number above 0: steps, samples or seconds since the last update; got {elapsed}"
@@ -214,12 +217,13 @@ class Moments:
     """
 
     NUMBERS = ("time", "weight", "residue", "count", "seen", "mean", "biased", "pairs")
-    __slots__ = (*NUMBERS, "debias", "elapsed", "profile", "steady", "terms", "weigh")
+    __slots__ = (*NUMBERS, "debias", "elapsed", "profile", "steady", "terms", "timed", "weigh")
 
     def __init__(self, profile: Profile, weigh: Weigh | None = None, debias: bool = True) -> None:
         self.profile = profile
         self.weigh = weighing(profile, weigh)
         self.debias = debias and profile.debias
+        self.timed = False  # whether the values have times, so that a gap is as long as it was
         self.steady = isinstance(profile, Exponential | Uniform)
         self.elapsed = math.nan  # for which the terms are known
         self.terms = (1.0, 0.0, 0.0)
@@ -234,7 +238,10 @@ class Moments:
         weight = self.weight
         kept = keep * weight
         if not self.debias:
-            total = (weight - lost * weight) + gain
+            if self.timed:
+                gain, total = ((1.0 - weight) - self.residue) + lost * weight, 1.0
+            else:
+                total = (weight - lost * weight) + gain
             self.weight, self.residue = 1.0, 0.0
         elif lost > 0.5:
             self.weight = total = kept + gain

@@ -5,12 +5,14 @@ Plain floats need no array library, NumPy arrays no torch.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ewma import files, profiles
+from ewma.arrays import unmasked
 from ewma.cells import JOINT, Arrays, Cell, Number, Terms, kind_of, new_cell, own_initial
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence, Weigh, check_elapsed, weighing
@@ -80,6 +82,10 @@ class EMA:
     def __repr__(self) -> str:
         return f"EMA({self.profile!r}, weigh={self.weigh!r}, count={self.count})"
 
+    def __copy__(self) -> EMA:
+        """As `copy.deepcopy`: two that share half of what they know would both be wrong after an update."""
+        return copy.deepcopy(self)
+
     def reset(self) -> None:
         """Forget everything: the next update is the first."""
         self.count = 0
@@ -100,7 +106,7 @@ class EMA:
         Args:
             x: a number, an array or a tensor of any shape, or a dict of these by name; always of one kind and
                 shape. A name that is missing from a dict keeps its average.
-            elapsed: what has passed since the last update, in the half-life's unit.
+            elapsed: what has passed since the last update, in the half-life's unit; a timedelta counts in seconds.
             y: of the same kind and shape, where the covariance of x with it is wanted: with every update, or with none.
 
         The value is read, never kept: changing x in place afterwards changes nothing here.
@@ -109,16 +115,16 @@ class EMA:
             self._quick(x, 1.0)
             self.count += 1
             return
-        elapsed = check_elapsed(elapsed)
+        elapsed, timed = check_elapsed(_in_seconds(elapsed)), self._last is not None
         values, ys = self._by_name("EMA.update", x), self._companions(x, y)
         cells = {name: self._cell(name, value) for name, value in values.items()}
         joint = {name: self._joint_cell(name, values[name], other) for name, other in ys.items()}
         for name, cell in cells.items():
-            cell.update(values[name], elapsed)
+            cell.update(values[name], elapsed, timed)
         for name, pair in joint.items():
-            pair.update(_array(values[name]), elapsed, _array(ys[name]))
+            pair.update(_array(values[name]), elapsed, timed, _array(ys[name]))
         self._adopt(cells, joint, isinstance(x, Mapping))
-        if self._last is not None:
+        if timed:
             from ewma.stamps import later
 
             self._last = later(self._last, elapsed)
@@ -144,15 +150,16 @@ class EMA:
             if chunk.shape[1] != n or chunk.array.shape != chunks[name].array.shape:
                 raise ValueError(f"EMA.extend: expected chunks of one length and shape; {name!r} has another")
         passed, last = (None, self._last) if times is None else stamps(times, n, self._last)[:2]
-        if times is None and last is not None:
+        timed = last is not None
+        if times is None and timed:
             last = later(last, float(n))
         cells = {name: self._cell(name, chunk, "EMA.extend") for name, chunk in chunks.items()}
         joint = {name: self._joint_cell(name, chunks[name], other) for name, other in others.items()}
         smoothed = {}
         for name, cell in cells.items():
-            smoothed[name] = chunks[name].pack(cell.extend(chunks[name], passed, times is not None))
+            smoothed[name] = chunks[name].pack(cell.extend(chunks[name], passed, timed))
         for name, pair in joint.items():
-            pair.extend(chunks[name], passed, times is not None, others[name].array)
+            pair.extend(chunks[name], passed, timed, others[name].array)
         self._last, self.count = last, self.count + n
         if n:
             self._adopt(cells, joint, isinstance(x, Mapping))
@@ -199,15 +206,24 @@ class EMA:
             raise TypeError(
                 f"merge takes another EMA; got {type(later).__name__}. One value is taken in by ema.update(x)."
             )
+        if later._terms.initial is not None or self._terms.initial is not None:
+            begun = self if later._terms.initial is None else later
+            raise ValueError(
+                f"cannot merge {later!r} into {self!r}: {'the first' if begun is self else 'the second'} began at "
+                f"initial=, not debiased. Leave initial= out of it."
+            )
         if (self.profile, self.weigh, self._terms.rule) != (later.profile, later.weigh, later._terms.rule):
             raise ValueError(
                 f"cannot merge {later!r} into {self!r}: make both with the same profile and weigh=, and nan="
             )
         if self._named not in (None, later._named) and later._named is not None:
             raise TypeError(f"cannot merge {later!r} into {self!r}: one averages a dict, the other a single value")
+        if None not in (self._named, later._named) and bool(self._joint) != bool(later._joint):
+            raise TypeError(
+                f"cannot merge {later!r} into {self!r}: only one of them has seen a y; a covariance needs every pair"
+            )
         Recurrence(later.profile, later.weigh).kept()  # an error for profiles that cannot be merged
-        if later._terms.initial is not None:
-            raise ValueError(f"cannot merge {later!r}: it began at initial=, not debiased. Leave initial= out of it.")
+        last = self._last_after(later)
         merged = {name: self._cell(name, cell.get(), "EMA.merge") for name, cell in later._cells.items()}
         joint = {
             name: self._joint.get(name) or Arrays(self._terms, pair.kind, JOINT) for name, pair in later._joint.items()
@@ -216,7 +232,7 @@ class EMA:
             cell.merge(later._cells[name])
         for name, pair in joint.items():
             pair.merge(later._joint[name])
-        self._last = later._last if later._last is not None else self._last
+        self._last = last
         if later._named is not None:
             self._adopt(merged, joint, later._named)
         self.count += later.count
@@ -233,6 +249,7 @@ class EMA:
             "kind": "EMA",
             "profile": self.profile.to_json(),
             "weigh": self.weigh,
+            "initial": self._terms.initial is not None,
             "count": self.count,
             "named": self._named,
             "last": last,
@@ -243,11 +260,12 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` gave, bit for bit."""
         files.check_format("EMA.load_state_dict", state, "EMA")
-        saved = profiles.from_json(state["profile"])
-        if (saved, state["weigh"]) != (self.profile, self.weigh):
+        mine = self.profile, self.weigh, self._terms.initial is not None
+        saved = profiles.from_json(state["profile"]), state["weigh"], state.get("initial", mine[2])
+        if saved != mine:
+            theirs, ours = (f"{p!r} by {w}{' from initial=' if begun else ''}" for p, w, begun in (saved, mine))
             raise ValueError(
-                f"the state was saved with {saved!r} by {state['weigh']}, but this EMA has {self.profile!r} by "
-                f"{self.weigh}. Make it with the saved ones to go on."
+                f"the state was saved with {theirs}, but this EMA has {ours}. Make it with the saved ones to go on."
             )
         cells = {name: new_cell(part["kind"], self._terms) for name, part in state["cells"].items()}
         for name, cell in cells.items():
@@ -264,6 +282,17 @@ class EMA:
         if state["named"] is not None:
             self._adopt(cells, joint, state["named"])
 
+    def _last_after(self, later: EMA) -> Any:
+        """The newest stamp, once the values of another have come after those seen here."""
+        if self._last is None or not later.count:
+            return self._last if later._last is None else later._last
+        from ewma import stamps
+
+        if later._last is None:
+            return stamps.later(self._last, max((cell.moments.time for cell in later._cells.values()), default=0.0))
+        stamps.check_order(self._last, later._last)
+        return later._last
+
     def _by_name(self, call: str, x: Any) -> Mapping[str, Any]:
         named = isinstance(x, Mapping)
         if self._named is not None and self._named != named:
@@ -271,7 +300,7 @@ class EMA:
                 f"{call}: expected {'a dict' if self._named else 'a single value'}, as at the first update; got "
                 f"{type(x).__name__}. Use one EMA for each, or call ema.reset()."
             )
-        return x if named else {"": x}
+        return {name: unmasked(part) for name, part in x.items()} if named else {"": unmasked(x)}
 
     def _companions(self, x: Any, y: Any) -> Mapping[str, Any]:
         """What y has for every name of x; nothing where there is no y at all."""
@@ -283,7 +312,7 @@ class EMA:
             return {}
         if isinstance(x, Mapping) != isinstance(y, Mapping) or (isinstance(x, Mapping) and set(x) != set(y)):
             raise TypeError("expected y as x is: of the same kind, and as a dict with the same names")
-        return y if isinstance(y, Mapping) else {"": y}
+        return {name: unmasked(part) for name, part in y.items()} if isinstance(y, Mapping) else {"": unmasked(y)}
 
     def _cell(self, name: str, x: Any, call: str = "EMA.update") -> Cell:
         """The cell that averages x, a value or a chunk, checked to fit; new where there is none yet."""

@@ -37,8 +37,8 @@ def stamps(times: Any, n: int, last: Any = None) -> Stamps:
         )
     if not n:
         return Stamps(numpy.empty(0), last)
-    if last is not None and _kind(last) != _kind(array):
-        raise TypeError(f"expected times as before, such as {last!r}; got {array[0]!r}")
+    if last is not None:
+        _check_kind(last, array[0])
     missing = numpy.isnat(array) if array.dtype.kind in "Mm" else ~numpy.isfinite(array)
     if missing.any():
         place = int(missing.argmax())
@@ -61,6 +61,18 @@ def stamps(times: Any, n: int, last: Any = None) -> Stamps:
     if last is None:
         elapsed[0] = 1.0
     return Stamps(elapsed, array[-1] if dated(array) else array[-1].item(), dated(array))
+
+
+def _check_kind(last: Any, stamp: Any) -> None:
+    if _kind(last) != _kind(stamp):
+        raise TypeError(f"expected times as before, such as {last!r}; got {stamp!r}")
+
+
+def check_order(last: Any, stamp: Any) -> None:
+    """Refuse a last stamp of values that should come after others, where it comes before that of these."""
+    _check_kind(last, stamp)
+    if stamp < last:
+        raise ValueError(f"expected values that came later; the last of them is of {stamp}, before {last}")
 
 
 def _as_array(times: Any) -> Any:
@@ -86,10 +98,25 @@ def _as_array(times: Any) -> Any:
         return array.astype(f"{array.dtype.kind}8[s]")
     if array.dtype.kind in "iMm":
         return array
-    raise TypeError(
-        f"expected times as numbers, datetimes or timedeltas; got {array.dtype}. Text is parsed by "
-        f"numpy.asarray(times, dtype='datetime64[s]') or pandas.to_datetime(times)."
-    )
+    raise TypeError(f"expected times as numbers, datetimes or timedeltas; got {_came(array)}")
+
+
+def _came(array: Any) -> str:
+    """What came in place of times, and what may help."""
+    if array.dtype.kind == "O":
+        place, first = next(
+            ((place, time) for place, time in enumerate(array.flat) if not isinstance(time, int | float)),
+            (0, array.flat[0]),
+        )
+        came, text = f"times[{place}] = {first!r}", isinstance(first, str)
+        if isinstance(first, int):
+            return f"{came}, which is too large. Count from the first: [time - times[0] for time in times]."
+        if hasattr(first, "to_timestamp"):
+            return f"{came}. A period becomes its begin with times.to_timestamp()."
+    else:
+        came, text = f"{array.dtype}", array.dtype.kind in "US"
+    parsed = "numpy.asarray(times, dtype='datetime64[s]') or pandas.to_datetime(times)"
+    return f"{came}{f'. Text is parsed by {parsed}.' if text else ''}"
 
 
 def _object_if_dated(times: Any) -> Any:
@@ -103,6 +130,8 @@ def _exact(time: Any, first: Any) -> Any:
     if not isinstance(time, kind):
         name = "timedelta" if kind is datetime.timedelta else "datetime"
         raise TypeError(f"expected every time to be a {name}, as the first is; got {time!r}")
+    if (getattr(time, "tzinfo", None) is None) != (getattr(first, "tzinfo", None) is None):
+        raise TypeError(f"expected all times with a time zone or none; got {first!r} and {time!r}")
     if isinstance(time, datetime.datetime) and time.tzinfo is not None:
         time = time.astimezone(datetime.UTC).replace(tzinfo=None)
     if hasattr(time, "asm8"):  # pandas', with nanoseconds

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ewma.arrays import Array, is_tensor, module_of
+from ewma.arrays import Array, is_tensor, module_of, unmasked
 
 FRAMES = ("Series", "DataFrame")
 
@@ -64,7 +64,7 @@ def unpack(where: str, x: Any, axis: int | None) -> Series:
             f"{where}: expected a list, a NumPy array, a torch tensor, or a pandas or polars series or frame; got "
             f"{type(x).__name__}. An iterator becomes a list with list(x)."
         )
-    array = module_of(x).asarray(x.astype(float).filled(math.nan) if hasattr(x, "filled") else x)
+    array = module_of(x).asarray(unmasked(x))
     floating = _floating(where, array)
     return Series(array, _axis(where, axis, array.ndim), lambda result: result, floating)
 
@@ -110,7 +110,7 @@ def _tensor(where: str, x: Any, axis: int) -> Series:
             f"{where}: expected a dense tensor of real numbers; got {x.dtype}, layout {x.layout}."
             f"{' Convert it first: x.float().' if tiny else ''}"
         )
-    array = x.double() if x.dtype == torch.bool else x
+    array = x.double() if x.dtype == torch.bool else x.resolve_neg()
     return Series(array, axis, lambda result: result, x.dtype if x.is_floating_point() else torch.float64)
 
 
@@ -123,9 +123,10 @@ def _list(where: str, x: Any, axis: int | None) -> Series:
         array = numpy.asarray(x)
         if array.dtype.kind == "O" and not any(isinstance(each, str | bytes) for each in array.flat):
             array = array.astype(float)  # None among numbers is a missing one; integers may be too large for int64
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
+        said = str(error).removesuffix(".")
         raise ValueError(
-            f"{where}: expected numbers, in lists of equal lengths; NumPy says: {error}. None is a missing value."
+            f"{where}: expected numbers, in lists of equal lengths; NumPy says: {said}. None is a missing value."
         ) from error
     if not array.size and array.dtype.kind == "f" and array.ndim == 1 and isinstance(x, tuple | list):
         return Series(array, 0, lambda result: result.tolist(), array.dtype)
@@ -135,6 +136,13 @@ def _list(where: str, x: Any, axis: int | None) -> Series:
     return Series(array, _axis(where, axis, array.ndim), lambda result: result.tolist(), numpy.dtype("float64"))
 
 
+def _no_numbers(where: str, x: Any, wrong: list[Any], convert: str, select: str) -> str:
+    if type(x).__name__ == "Series":
+        return f"{where}: expected a series of real numbers; got one of {x.dtype}. Convert it first: {convert}."
+    named = ", ".join(map(repr, wrong))
+    return f"{where}: expected columns of real numbers; {named} are not. Select some, for example {select}."
+
+
 def _pandas(where: str, x: Any) -> Series:
     import numpy
 
@@ -142,10 +150,7 @@ def _pandas(where: str, x: Any) -> Series:
     names = [x.name] if x.ndim == 1 else list(x.columns)
     wrong = [name for name, kind in zip(names, kinds, strict=True) if getattr(kind, "kind", "O") not in "iufb"]
     if wrong:
-        raise TypeError(
-            f"{where}: expected columns of real numbers; {', '.join(map(repr, wrong))} are not. Select some, "
-            f'for example x.select_dtypes("number").'
-        )
+        raise TypeError(_no_numbers(where, x, wrong, "pandas.to_numeric(x)", 'x.select_dtypes("number")'))
     single = kinds and all(kind.kind == "f" and kind.itemsize == 4 for kind in kinds)
     floating = numpy.dtype("float32" if single else "float64")
     array = x.to_numpy(dtype=floating, na_value=numpy.nan)
@@ -161,10 +166,7 @@ def _polars(where: str, x: Any) -> Series:
     columns = [x] if isinstance(x, polars.Series) else x.get_columns()
     wrong = [column.name for column in columns if not (column.dtype.is_numeric() or column.dtype == polars.Boolean)]
     if wrong:
-        raise TypeError(
-            f"{where}: expected columns of real numbers; {', '.join(map(repr, wrong))} are not. Select some, "
-            f"for example x.select(polars.selectors.numeric())."
-        )
+        raise TypeError(_no_numbers(where, x, wrong, "x.cast(polars.Float64)", "x.select(polars.selectors.numeric())"))
     single = columns and all(column.dtype == polars.Float32 for column in columns)
     floating = numpy.dtype("float32" if single else "float64")
     kind = polars.Float32 if single else polars.Float64

@@ -19,6 +19,9 @@ from ewma.recurrence import Weigh
 Missing = Literal["skip", "decay", "propagate", "raise"]
 MISSING: tuple[Missing, ...] = ("skip", "decay", "propagate", "raise")
 
+LEAST_KEPT = 2.0**-6
+"""What steps keep at least for it to be told as 1 less what they lose: of less, second moments would lack digits."""
+
 
 def check_missing(missing: Any) -> Missing:
     if missing not in MISSING:

@@ -14,7 +14,7 @@ import numpy
 
 from ewma import columns, kernels
 from ewma.arrays import Array, empty
-from ewma.weighting import Rule, Terms
+from ewma.weighting import LEAST_KEPT, Rule, Terms
 
 LEAST = 1 << 12
 MOST = 1 << 17
@@ -59,7 +59,7 @@ def spread(
         kind, k: see `ewma.kernels.compiled_scan.spread`.
     """
     kernel, terms = kernels.compiled(), rule.unit
-    if kernel is None or terms is None or not (x.shape[1] and terms.keep > 0.0):
+    if kernel is None or terms is None or not (x.shape[1] and terms.keep >= LEAST_KEPT):
         return False
     return bool(kernel.spread(x, outs, start, _held(rule, terms), terms, rule.debias, kind, k, unbiased))
 

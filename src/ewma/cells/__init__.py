@@ -27,6 +27,12 @@ def kind_of(where: str, x: Any) -> str:
     if hasattr(x, "detach"):
         if not x.is_complex():
             return "torch"
+    elif hasattr(x, "to_numpy"):
+        raise TypeError(
+            f"{where}: expected a real number, a NumPy array or a torch tensor, or a dict of these; got "
+            f"{type(x).__module__.partition('.')[0]}'s {type(x).__name__}. As one value it is x.to_numpy(); values "
+            f"along time are taken in by ema.extend(x)."
+        )
     elif hasattr(x, "__array__") and getattr(getattr(x, "dtype", None), "kind", "O") in "fiub":
         return "numpy" if hasattr(x, "__setitem__") else "number"  # NumPy's scalars, of which not all are Real
     raise TypeError(

@@ -68,36 +68,36 @@ class Arrays:
                 f"Move it there, or call ema.reset()."
             )
 
-    def update(self, x: Array, elapsed: float, *others: Array) -> None:
-        """Take in one value, and what belongs to it."""
+    def update(self, x: Array, elapsed: float, timed: bool, *others: Array) -> None:
+        """Take in one value, and what belongs to it; `timed` where the times of values are known."""
         self.begin(x, tuple(x.shape))
         passed = None
         if elapsed != 1.0:
             from ewma import columns
 
             passed = columns.ones(1) * elapsed
-        self._take([wide(one).reshape(1, 1, -1) for one in (x, *others)], passed, [])
+        self._take([wide(one).reshape(1, 1, -1) for one in (x, *others)], passed, timed, [])
 
     def extend(self, series: Series, elapsed: Any, timed: bool, *others: Array) -> Array:
         """Take in a chunk; its running mean."""
         outer, n, inner = series.shape
         x = series.array
         self.begin(x, series.of_one)
-        if timed:
-            self.moments.rule = self.moments.rule.with_times()
         with self._normal():
             made = empty(series.array, series.floating)
         if n:
             arrays = [one.reshape(outer, n, inner) for one in (x, *others)]
             self.moments.reshape(outer, inner)
-            self._take(arrays, elapsed, [made.reshape(outer, n, inner)])
+            self._take(arrays, elapsed, timed, [made.reshape(outer, n, inner)])
             self.moments.reshape(1, outer * inner)
         return made
 
-    def _take(self, arrays: list[Array], elapsed: Any, outputs: list[Array]) -> None:
+    def _take(self, arrays: list[Array], elapsed: Any, timed: bool, outputs: list[Array]) -> None:
         from ewma.sweep import follow, quietly
 
         module = module_of(arrays[0])
+        if timed:
+            self.moments.rule = self.moments.rule.with_times()
         with self._normal(), quietly(arrays[0]):
             arrays = [one.detach() if self.kind == "torch" else one for one in arrays]
             for one in arrays:
@@ -116,7 +116,10 @@ class Arrays:
         return self._give(self.moments.means[0])
 
     def second(self, unbiased: bool, pair: Pair = (0, 0)) -> Array:
-        return self._give(self.moments.second(pair, unbiased))
+        from ewma.sweep import quietly
+
+        with quietly(self.moments.means[0]):
+            return self._give(self.moments.second(pair, unbiased))
 
     def correlation(self) -> Array:
         from ewma.ratios import correlated

@@ -41,8 +41,8 @@ class Number:
         if self.missing == "raise":
             raise_for_missing(where, series.array)
 
-    def update(self, x: Any, elapsed: float) -> None:
-        x = float(x)
+    def update(self, x: Any, elapsed: float, timed: bool) -> None:
+        x, self.moments.timed = float(x), timed
         if -math.inf < x < math.inf:
             self.moments.update(x, elapsed)
         else:

@@ -170,8 +170,8 @@ static double line(
                 u[i] *= sweep->pre[t + whole + i];
             for (int i = rest; i < padded; i++)
                 u[i] = 0.0;
-            loops->line((char *)y, (char *)u, padded, 0.0, sum, NULL, &sweep->fading, FLOAT64);
-            sum = y[rest - 1];
+            sum = loops->line((char *)y, (char *)u, padded, 0.0, sum, NULL, &sweep->fading, FLOAT64);
+            sum = isfinite(sum) ? y[rest - 1] : sum;
             loops->write(to + whole * step * size, y, rest, step, base, post + whole, out->dtype);
         }
     }

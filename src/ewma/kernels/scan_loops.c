@@ -88,6 +88,17 @@ INLINE void slide(Windows *w, const Doubles *first, const Doubles *second, const
     w->one = b, w->two = b2, w->four = b4, w->eight = b8;
 }
 
+/* The sum after the last step; NaN where it, or that after another of the last sixteen, is not finite: the sums of steps
+   that lie apart by less are not made of each other. */
+INLINE double end_of(const Windows *w)
+{
+    const Doubles none = 0.0 * w->even + 0.0 * w->odd;
+    double all = 0.0;
+    for (int k = 0; k < LANES; k++)
+        all += none[k];
+    return all == 0.0 ? w->odd[LANES - 1] : NAN;
+}
+
 INLINE double line(
     char *restrict to, const char *restrict from, int n, double base, double sum, const double *restrict post,
     const Fading *fading, const Dtype dtype)
@@ -105,7 +116,7 @@ INLINE double line(
         store(to + i * size, &first, dtype);
         store(to + (i + LANES) * size, &second, dtype);
     }
-    return w.odd[LANES - 1];
+    return end_of(&w);
 }
 
 /* How far each value lies from the mean before it; counts those that the mean hides. */
@@ -145,8 +156,8 @@ INLINE void spread_line(
     for (int k = 0; k < LANES; k++)
         state->hidden += (double)hidden[k];
     state->rise = rise[LANES - 1];
-    state->sum = mean.odd[LANES - 1];
-    state->spread = spread.odd[LANES - 1];
+    state->sum = end_of(&mean);
+    state->spread = end_of(&spread);
 }
 
 INLINE double reach(

@@ -42,7 +42,10 @@ def plain(number: float) -> str:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r} ({type(value).__name__})")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]  # a Real is an int here
 
 
 def in_range(name: str, value: Any, domain: str, inside: Any, hint: str = "") -> float:
