@@ -66,6 +66,22 @@ def ours(raw: float = RAW, slow: float = SLOW, kernel: str = "", **how: object) 
     return Contender(ema.apply, owners[largest].grad, dict(ema.named_gradients())[f"0.{largest}"])
 
 
+def elsewhere() -> Contender:
+    """Each gradient but the one to check lies elsewhere at every step, as after zero_grad()."""
+    owners = parameters()
+    optimizer = torch.optim.SGD(owners, lr=0.0)
+    ema = ewma.GradientEMA(optimizer, decay=DECAY, debias=False, raw=RAW, slow=SLOW, hook=False)
+    ema.apply()
+    others = [torch.randn_like(owner) for owner in owners]
+
+    def call() -> None:
+        for place, owner in enumerate(owners[:-2]):
+            owner.grad, others[place] = others[place], owner.grad
+        ema.apply()
+
+    return Contender(call, owners[-2].grad, dict(ema.named_gradients())[f"0.{len(owners) - 2}"])
+
+
 def foreach() -> Contender:
     gradients = [owner.grad for owner in parameters()]
     averages = [torch.randn_like(gradient) for gradient in gradients]
@@ -133,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
             "torch.optim.AdamW(fused=True).step()": step_of(torch.optim.AdamW, fused=True),
             "torch.optim.AdamW(foreach=True).step()": step_of(torch.optim.AdamW, foreach=True),
             "GradientEMA(raw=1, slow=2)": ours(),
+            "GradientEMA(raw=1, slow=2), gradients elsewhere each time": elsewhere(),
             "GradientEMA(raw=1, slow=2), EWMA_KERNEL=foreach": ours(kernel="foreach"),
             "_foreach_lerp_ and _foreach_add_": foreach(),
             "as published": as_published(),

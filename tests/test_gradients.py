@@ -262,6 +262,16 @@ def test_complex_gradients_are_averaged_by_their_parts() -> None:
         assert optimizer.got[-1][0].tolist() == [3.0 - 6.0j] * 3
 
 
+def test_a_gradient_whose_memory_is_its_conjugate() -> None:
+    p = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    optimizer = Recorder([p])
+    GradientEMA(optimizer, **SLOW)
+    for _ in range(2):
+        p.grad = torch.full_like(p, 1 - 2j).conj()
+        optimizer.step()
+        torch.testing.assert_close(optimizer.got[-1][0], torch.full_like(p, 3 + 6j))
+
+
 def test_what_complex_gradients_tell_is_that_of_their_parts() -> None:
     wave, parts = nn.Parameter(torch.zeros(3, dtype=torch.complex64)), nn.Parameter(torch.zeros(3, 2))
     told = []

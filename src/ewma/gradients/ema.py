@@ -13,14 +13,13 @@ from torch.optim import LBFGS, Optimizer
 
 from ewma import files, hooks, kernels, profiles
 from ewma.gradients import noise
+from ewma.gradients.owners import Owner, Owners
 from ewma.gradients.resuming import check
-from ewma.names import mismatch, named_tensors
+from ewma.names import mismatch
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
 from ewma.shards import local, summed
 from ewma.tracks import Track, refuse_capture
-
-GROUP_KEY = "gradient_ema"
 
 
 class GradientEMA:
@@ -122,14 +121,12 @@ class GradientEMA:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-        self.model, self.start = model, start
-        self.guard, self.densify, self.capturable = nonfinite == "skip", sparse == "densify", capturable
+        self.owners = Owners(self.optimizer, model, densify=sparse == "densify")
+        self.start, self.guard, self.capturable = start, nonfinite == "skip", capturable
         self.squares: dict[str, Tensor] | None = {} if squares else None
         self.seen = 0
         self._skipped: Any = 0
-        self._names: dict[int, str] = {}
-        self._owners: list[nn.Parameter] = []
-        self._signature: list[Any] = []
+        self._signature: Any = None  # of the gradients that the plan is for
         self._plan: list[tuple[Recurrence, kernels.Filter, list[int]]] = []
         self._handle = hooks.before_steps(self.optimizer, self._before_step) if hook else None
 
@@ -137,7 +134,7 @@ class GradientEMA:
         return f"GradientEMA({self.profile!r}, raw={self.raw:g}, slow={self.slow:g}, count={self.count})"
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped: dict[str, Any] = {"_plan": [], "_signature": [], "_owners": [], "_names": {}}
+        dropped: dict[str, Any] = {"_plan": [], "_signature": None}
         return {**self.__dict__, **dropped, "_skipped": self.skipped, "_handle": self._handle is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -196,7 +193,7 @@ class GradientEMA:
         """The cosine between the slow gradient and the one that is there now: ask after backward, before the step."""
         across, size = _zero(), _zero()
         averages = self._seen_averages()
-        for name, parameter, gradient in self._present():
+        for (name, parameter), gradient in zip(*self.owners.present(), strict=True):
             if name in averages:
                 across = across + noise.product(gradient, averages[name], parameter)
                 size = size + noise.product(gradient, gradient, parameter)
@@ -247,7 +244,7 @@ class GradientEMA:
         check(what, state, "GradientEMA", self.profile, "GradientEMA")
         if self.squares is not None and state["averages"] and not state["squares"]:
             raise ValueError(f"{what}: squares=True, but the state was saved without them. Nothing was loaded.")
-        mine = {name: tuple(parameter.shape) for name, parameter in self._parameters()}
+        mine = {name: tuple(parameter.shape) for name, parameter in self.owners.named()}
         came = {name: tuple(average.shape) for name, average in state["averages"].items()}
         known = {name: shape for name, shape in mine.items() if name in came}
         hint = "Nothing was loaded. Pass model= as when it was saved, and an optimizer with the same groups."
@@ -277,84 +274,41 @@ class GradientEMA:
         elif found_inf is not None:
             taken = found_inf.reshape(()) == 0.0
         factor = scale.item() if scale is not None and scale.is_cpu else scale
-        present = self._present()
+        present, gradients = self.owners.present()
         if not present:
             return
-        with torch.inference_mode(False):
-            self._prepare(present)
+        signature = present, *([getattr(each, what) for each in gradients] for what in ("dtype", "shape", "device"))
+        if signature != self._signature:
+            with torch.inference_mode(False):
+                self._prepare(present, gradients)
+            self._signature = signature
         raw, slow = (self.raw, self.slow) if self.seen >= self.start else (1.0, 0.0)
         elapsed: Any = 1.0 if taken is None else taken.double()
-        if self.capturable and taken is None and present:
-            elapsed = present[0][2].new_ones((), dtype=torch.float64)
+        if self.capturable and taken is None:
+            elapsed = gradients[0].new_ones((), dtype=torch.float64)
         clocks = {id(clock): clock for clock in (self.track.clock, *(clock for clock, _, _ in self._plan))}
-        if any(gradient.is_cuda for _, _, gradient in present):
+        if any(gradients[places[0]].is_cuda for _, _, places in self._plan):
             refuse_capture(clocks.values(), "GradientEMA")
         coefficients = {number: clock.advance(elapsed) for number, clock in clocks.items()}
         for clock, filtering, places in self._plan:
-            gradients = [_real(present[place][2]) for place in places]
-            filtering(gradients, coefficients[id(clock)], raw, slow, factor, taken)
+            mine = [_real(gradients[place]) for place in places]
+            filtering(mine, coefficients[id(clock)], raw, slow, factor, taken)
         self.track.updated = True
         self.seen += 1
 
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All of the optimizer's parameters by name."""
-        owners = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if len(owners) != len(self._owners) or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
-            self._owners, self._names = owners, self._name_all()
-        for parameter in owners:
-            yield self._names[id(parameter)], parameter
-
-    def _name_all(self) -> dict[int, str]:
-        names: dict[int, str] = {}
-        for number, group in enumerate(self.optimizer.param_groups):
-            own = group.get("param_names")
-            for place, parameter in enumerate(group["params"]):
-                names[id(parameter)] = own[place] if own else f"{number}.{place}"
-        if self.model is not None:
-            names |= {id(named.tensor): named.name for named in named_tensors(self.model) if id(named.tensor) in names}
-        if len(set(names.values())) < len(names):
-            raise ValueError("two of the optimizer's parameters have the same name: pass model= to name them")
-        return names
-
-    def _present(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """Name, parameter and this rank's part of the gradient, of all that have one now and are not left alone."""
-        off = {
-            id(parameter)
-            for group in self.optimizer.param_groups
-            if not group.get(GROUP_KEY, True)
-            for parameter in group["params"]
-        }
-        present = []
-        for name, parameter in self._parameters():
-            if parameter.grad is None or id(parameter) in off:
-                continue
-            if parameter.grad.layout != torch.strided:
-                if not self.densify:
-                    raise TypeError(
-                        f"{name}: its gradient is sparse, and an average of it would be dense, as large as the "
-                        f'parameter. Pass sparse="densify" if that is meant, or leave its param group alone with '
-                        f'"{GROUP_KEY}": False.'
-                    )
-                parameter.grad = parameter.grad.to_dense()
-            present.append((name, parameter, local(parameter.grad)))
-        return present
-
-    def _prepare(self, present: list[tuple[str, nn.Parameter, Tensor]]) -> None:
-        """Prepare one filter for all gradients that share a clock, dtype and device, where it is not prepared yet."""
-        signature = [(name, gradient.dtype, gradient.shape, gradient.device) for name, _, gradient in present]
-        if signature == self._signature:
-            return
+    def _prepare(self, present: list[Owner], gradients: list[Tensor]) -> None:
+        """One filter for all gradients that share a clock, dtype and device."""
         self._drop_plan()
         self.track.begin(
             {
                 name: self._room(parameter.grad)
-                for name, parameter, _ in present
+                for name, parameter in present
                 if name not in self.track.averages and parameter.grad is not None
             }
         )
-        self.track.stop({name for name, _, _ in present})
+        self.track.stop({name for name, _ in present})
         groups: dict[Any, list[int]] = {}
-        for place, (name, parameter, gradient) in enumerate(present):
+        for place, ((name, parameter), gradient) in enumerate(zip(present, gradients, strict=True)):
             average = self.track.averages[name]
             if average.shape != parameter.shape:
                 raise ValueError(
@@ -374,7 +328,6 @@ class GradientEMA:
             squares = None if self.squares is None else [_real(local(self.squares[name])) for name in names]
             filtering = kernels.filter(averages, squares, self.guard)
             self._plan.append((self.track.clock_of(names[0]), filtering, places))
-        self._signature = signature
 
     @property
     def _nothing(self) -> float:
@@ -391,7 +344,7 @@ class GradientEMA:
 
     def _drop_plan(self) -> None:
         self._skipped = self._skipped + sum((filtering.skipped for _, filtering, _ in self._plan), start=0)
-        self._plan, self._signature = [], []
+        self._plan, self._signature = [], None
 
     def _seen_averages(self) -> dict[str, Tensor]:
         if not self.track.averages:
