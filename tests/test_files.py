@@ -133,5 +133,7 @@ def test_what_is_told_stands_beside_in_plain_text(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"this is a folder. Pass .*ema.safetensors"):
+        files.write(tmp_path, {}, {}, {})
     with pytest.raises(IsADirectoryError, match="expected a file written by ModelEMA.save; this is a folder"):
         files.read(tmp_path)

@@ -506,6 +506,9 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         ema.load_state_dict({})
     with pytest.raises(ValueError, match=r"expected the state of GradientEMA; got that of EMA"):
         ema.load_state_dict(ewma.EMA(half_life=3.0).state_dict())
+    for part in ("seen", "skipped", "clocks", "averages", "squares"):
+        with pytest.raises(ValueError, match=f"the state is not whole, it lacks '{part}'"):
+            ema.load_state_dict({name: value for name, value in before.items() if name != part})
     after = ema.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before["averages"][name], after["averages"][name]) for name in before["averages"])

@@ -381,6 +381,8 @@ def test_a_saved_guard_goes_on_without_a_warm_up(tmp_path: Any) -> None:
     assert (second.clipped, second.missing, second.count) == (whole.clipped, whole.missing, whole.count) == (1, 1, 79)
     with pytest.raises(ValueError, match=r"saved with Exponential\(half_life=25\), but this guard has Exponential\("):
         SpikeGuard(decay=0.9).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="the state is not whole, it lacks 'mean'"):
+        second.load_state_dict({name: value for name, value in first.state_dict().items() if name != "mean"})
 
 
 @pytest.mark.parametrize(

@@ -672,6 +672,23 @@ def test_a_state_of_other_profiles_is_refused(small: Small) -> None:
         ewma.ModelEMA(small, half_life=10).load_state_dict(ewma.EMA(half_life=3).state_dict())
 
 
+@pytest.mark.parametrize(
+    "part", ["seed", "skipped", "steps", "waiting", "waiting_at_most", "tracks", "averages", "copies"]
+)
+def test_a_state_that_lacks_a_part_changes_nothing(small: Small, part: str) -> None:
+    ema, other = ewma.ModelEMA(small, decay=DECAY), ewma.ModelEMA(small, decay=DECAY, seed=7)
+    ema.update()
+    nn.init.ones_(small.first.weight)
+    other.update()
+    other.update()
+    before, state = averages(ema), other.state_dict()
+    del state[part]
+    with pytest.raises(ValueError, match=f"load_state_dict: the state is not whole, it lacks '{part}'. Nothing was"):
+        ema.load_state_dict(state)
+    assert same(averages(ema), before)
+    assert (ema.count, ema.seed) == (1, 0)
+
+
 def test_a_state_holds_tensors_numbers_and_strings_only(small: Small, sgd) -> None:
     ema = ewma.ModelEMA(small, SEVERAL).attach(sgd)
     train(small, sgd, 2)

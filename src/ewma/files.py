@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,10 @@ def write(
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path}: expected the name of a file; this is a folder. Pass {path / 'ema.safetensors'}"
+        )
     seen: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():
@@ -87,8 +91,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
-def check_format(what: str, state: Any, kind: str | None = None) -> None:
-    """Refuse a state that a newer version wrote, or that is of another class."""
+def check_format(what: str, state: Any, kind: str | None = None, needs: Iterable[str] = ()) -> None:
+    """Refuse a state that a newer version wrote, that is of another class, or that lacks a part."""
     if not isinstance(state, Mapping) or "format" not in state:
         parts = state if isinstance(state, Mapping) else {}
         meant = [name for name, part in parts.items() if isinstance(part, Mapping) and part.get("kind") == kind]
@@ -104,6 +108,11 @@ def check_format(what: str, state: Any, kind: str | None = None) -> None:
         )
     if kind is not None and state.get("kind") != kind:
         raise ValueError(f"{what}: expected the state of {kind}; got that of {state.get('kind')}")
+    if lacking := [part for part in needs if part not in state]:
+        raise ValueError(
+            f"{what}: the state is not whole, it lacks {', '.join(map(repr, lacking))}. Nothing was loaded. Pass all "
+            f"of what {kind}.state_dict() gave."
+        )
 
 
 def settle(temporary: str) -> None:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 WhichProfile: TypeAlias = Literal["saved", "mine"] | None
 
+NUMBERS = ("seed", "skipped", "steps", "waiting", "waiting_at_most")
+"""What `ModelEMA.resumed` goes on with."""
+
+CLOCKS = ("profile", "clocks", "clock_of")
+"""What `Track.load` goes on with."""
+
 
 def collect(ema: ModelEMA) -> dict[str, Any]:
     """What `ModelEMA.state_dict` gives."""
@@ -81,7 +87,7 @@ class Checked(NamedTuple):
 
 def check(ema: ModelEMA, what: str, state: Mapping[str, Any], profile: WhichProfile) -> Checked:
     """What there is to take over; an error where any of it does not fit. Only shapes are looked at, no values."""
-    files.check_format(what, state, "ModelEMA")
+    files.check_format(what, state, "ModelEMA", (*NUMBERS, "tracks", "averages", "absent", "copies"))
     if state["tracks"].keys() != ema.tracks.keys():
         raise ValueError(
             f"{what}: expected the profiles {sorted(ema.tracks)}, as this ModelEMA was made with; the state has "
@@ -123,7 +129,7 @@ def restore_track(
 ) -> None:
     """Take over one profile from a file's tensors and metadata."""
     ema.agree(what)
-    files.check_format(what, metadata, "ModelEMA")
+    files.check_format(what, metadata, "ModelEMA", (*NUMBERS, *CLOCKS, "averaged"))
     chosen = _choose_profile(what, track.profile, metadata["profile"], profile)
     averages = _fit(ema, what, {each: tensors[each] for each in metadata["averaged"] if each in tensors}, [])
     roles = {named.name: ema.policy.role(named) for named in named_tensors(ema.model)}

@@ -241,7 +241,8 @@ class GradientEMA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` gave; nothing changes unless all of it fits this optimizer's parameters."""
         what = "GradientEMA.load_state_dict"
-        check(what, state, "GradientEMA", self.profile, "GradientEMA")
+        parts = ("seen", "skipped", "clocks", "clock_of", "averages", "squares")
+        check(what, state, "GradientEMA", self.profile, "GradientEMA", parts)
         if self.squares is not None and state["averages"] and not state["squares"]:
             raise ValueError(f"{what}: squares=True, but the state was saved without them. Nothing was loaded.")
         mine = {name: tuple(parameter.shape) for name, parameter in self.owners.named()}

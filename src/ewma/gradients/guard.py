@@ -59,6 +59,8 @@ class SpikeGuard:
     (1.0, 0.154, 1)
     """
 
+    NUMBERS = ("mean", "variance", "_clipped", "_missing")
+
     def __init__(
         self,
         z: float = 6.0,
@@ -178,16 +180,16 @@ class SpikeGuard:
             "kind": "SpikeGuard",
             "profile": self.profile.to_json(),
             "clock": self.clock.numbers(),
-            **{name: float(getattr(self, name)) for name in ("mean", "variance", "_clipped", "_missing")},
+            **{name: float(getattr(self, name)) for name in self.NUMBERS},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave, without a new warm-up."""
         what = "SpikeGuard.load_state_dict"
-        check(what, state, "SpikeGuard", self.profile, "guard")
+        check(what, state, "SpikeGuard", self.profile, "guard", ("clock", *self.NUMBERS))
         self.clock = Recurrence(self.profile)
         self.clock.load(state["clock"])
-        for name in ("mean", "variance", "_clipped", "_missing"):
+        for name in self.NUMBERS:
             setattr(self, name, state[name])
 
     def _watch(self, value: Any, log: bool) -> tuple[Scalar, Scalar, Scalar]:
@@ -238,7 +240,7 @@ class SpikeGuard:
 
     def _on_device(self, like: Tensor) -> None:
         self.clock.on_device(like)
-        for name in ("mean", "variance", "_clipped", "_missing"):
+        for name in self.NUMBERS:
             if isinstance(getattr(self, name), float):
                 setattr(self, name, like.new_full((), getattr(self, name)))
 
