@@ -6,10 +6,12 @@ import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewma import kernels
 from ewma.kernels import foreach
 from ewma.kernels.layout import dense
 
@@ -46,6 +48,18 @@ def plain(value: Tensor, *averages: Tensor) -> bool:
         and dense(tensor)
         for tensor in (value, *averages)
     )
+
+
+def places(tensors: Sequence[Tensor]) -> Any:
+    """What differs as soon as one of the tensors lies elsewhere, or otherwise, than when this was asked before."""
+    if not kernels.missing():
+        from ewma.kernels import _native
+
+        try:
+            return _native.places(list(tensors), torch.Tensor.__dlpack_c_exchange_api__)
+        except (BufferError, RuntimeError):  # there is a tensor of a kind that torch lends to nobody
+            pass
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
 def _steps(tensor: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from ewma.kernels import Coefficient
 from ewma.kernels.addressed_filter import AddressedFilter
+from ewma.kernels.addresses import places
 from ewma.kernels.triton_numbers import (
     Table,
     aligned,
@@ -123,7 +124,7 @@ class Filter(AddressedFilter):
         super().__init__(averages, squares, guard)
         check(averages, self.averages)
         self.table: Any = None
-        self.places: list[Any] = []  # that the table was made for
+        self.places: Any = None  # that the table was made for
         if averages:
             self.device = averages[0].device
             self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -141,12 +142,13 @@ class Filter(AddressedFilter):
         scale: float | Tensor | None = None,
         taken: Tensor | None = None,
     ) -> None:
-        places = self._places(gradients)
-        if places != self.places:
-            self.places = []
+        now = self._places(gradients)
+        # What is uploaded while a graph is captured is there only when that graph runs.
+        if capturing() or now != self.places:
+            self.places = None
             check(gradients, self.averages)
             self.table = Table(*self._divide(gradients), [0] * len(self.mine), BLOCK, self.table)
-            self.places = places
+            self.places = now
         if self.table.programs:
             increment_version(self.written)
             increment_version([gradients[n] for n in self.mine])
@@ -165,7 +167,7 @@ class Filter(AddressedFilter):
         if self.rest:
             self._by_torch(self.rest, gradients, coefficient, raw, slow, scale, taken)
 
-    def _places(self, gradients: Sequence[Tensor]) -> list[Any]:
-        """All that the table depends on. One uploaded while a graph is captured is there only when the graph runs."""
+    def _places(self, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
+        """All that the table depends on."""
         tensors = [*gradients, *(average for each in self.averages for average in each)]
-        return [capturing(), *((each.data_ptr(), each.dtype, each.stride(), each.is_neg()) for each in tensors)]
+        return capturing(), list(map(type, gradients)), list(map(Tensor.is_neg, gradients)), places(tensors)
