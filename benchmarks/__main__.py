@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = ("weights", "series", "gradients", "posthoc", "sharded", "imports")
+BENCHMARKS = ("weights", "series", "gradients", "posthoc", "sharded", "cuda", "imports")
 
 
 def main(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from benchmarks.device import seconds
 from benchmarks.timing import compare
 
 LIBRARIES = ("torch A", "torch_ema", "timm", "ema", "diffusers", "pandas", "polars", "numbagg", "scipy")
@@ -29,10 +30,16 @@ class Table:
     rows: dict[str, tuple[float, float]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def time(self, contenders: dict[str, Callable[[], object]], rounds: int, scale: float = 1.0) -> Table:
+    def time(
+        self,
+        contenders: dict[str, Callable[[], object]],
+        rounds: int,
+        scale: float = 1.0,
+        clock: Callable[[Callable[[], object]], float] = seconds,
+    ) -> Table:
         """Time what is right, in units of `scale` to a millisecond."""
         if contenders:
-            found = compare(contenders, next(iter(contenders)), rounds)
+            found = compare(contenders, next(iter(contenders)), rounds, clock=clock)
             self.rows = {name: (milliseconds * scale, ratio) for name, (milliseconds, ratio) in found.items()}
         return self
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable
 
 from tqdm import tqdm
 
+from benchmarks.device import seconds
+
 
 def compare(
-    contenders: dict[str, Callable[[], object]], limit: str, rounds: int, together: Callable[[], object] | None = None
+    contenders: dict[str, Callable[[], object]],
+    limit: str,
+    rounds: int,
+    together: Callable[[], object] | None = None,
+    clock: Callable[[Callable[[], object]], float] = seconds,
 ) -> dict[str, tuple[float, float]]:
     """Median milliseconds of each contender, and the median of its ratio to `limit` in the same round.
 
@@ -19,20 +24,19 @@ def compare(
 
     Args:
         together: waits for other processes that do the same, before each timing.
+        clock: how many seconds a call takes.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=together is not None):
         for name in random.sample(sorted(contenders), len(contenders)):
             contenders[name]()  # brings its own data and code back into the caches
             if together is not None:
                 together()
-            start = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+            found[name].append(clock(contenders[name]))
     return {
         name: (
             1e3 * statistics.median(taken),
-            statistics.median(mine / base for mine, base in zip(taken, seconds[limit], strict=True)),
+            statistics.median(mine / base for mine, base in zip(taken, found[limit], strict=True)),
         )
-        for name, taken in seconds.items()
+        for name, taken in found.items()
     }
