@@ -560,6 +560,47 @@ def test_the_noise_scale_of_two_batch_sizes() -> None:
         NoiseScale(half_life=3.0).get()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: Elsewhere(torch.tensor(x))])
+def test_what_is_not_finite_never_enters_the_noise_scale(bad: float, kind: Callable[[float], Any]) -> None:
+    one, other = NoiseScale(half_life=2.0), NoiseScale(half_life=2.0)
+    for small, big in ((5.0, 2.0), (4.0, 3.0), (6.0, 2.0)):
+        one.update(kind(small), kind(bad), 1, 4)
+        one.update(kind(small), kind(big), 1, 4)
+        other.update(small, big, 1, 4)
+    got = one.get()
+    assert float(got.as_subclass(Tensor) if isinstance(got, Tensor) else got) == pytest.approx(other.get(), rel=1e-6)
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it is on a device, and refuses to be waited for."""
+
+    is_cpu = False  # type: ignore[assignment]
+
+    def item(self) -> Any:
+        raise AssertionError("waited for the device")
+
+    __bool__ = __float__ = __int__ = tolist = item
+
+
+def test_a_saved_noise_scale_goes_on(tmp_path: Any) -> None:
+    one, other = NoiseScale(half_life=2.0), NoiseScale(half_life=2.0)
+    one.update(5.0, 2.0, 1, 4)
+    torch.save(one.state_dict(), tmp_path / "scale.pt")
+    other.load_state_dict(torch.load(tmp_path / "scale.pt", weights_only=True))
+    for each in one, other:
+        each.update(4.0, 3.0, 1, 4)
+    assert one.get() == other.get()
+    with pytest.raises(ValueError, match="this NoiseScale has Exponential"):
+        NoiseScale(half_life=3.0).load_state_dict(one.state_dict())
+
+
+def test_a_noise_scale_without_signal_is_infinite() -> None:
+    scale = NoiseScale(half_life=2.0)
+    scale.update(2.0, 1.0, 1, 2)
+    assert scale.get() == math.inf
+
+
 def test_norm_and_cosine_of_the_slow_gradient() -> None:
     parameters = weights(2, 2)
     optimizer = Recorder(parameters)

@@ -974,6 +974,7 @@ def test_nothing_to_average_yet() -> None:
     [
         ({"profile": ewma.Uniform(), "debias": False}, TypeError, "debias= belongs to the profile"),
         ({"decay": 0.9, "only": 5}, TypeError, "only must be globs"),
+        ({"decay": 0.9, "seed": 1.5}, TypeError, "seed must be a whole number; got 1.5"),
         ({"profile": {1: ewma.Uniform()}}, TypeError, "several profiles go by names, .*; got 1 as one"),
         ({"decay": 0.9, "dtype": "bfloat16"}, ValueError, "or torch.bfloat16; got 'bfloat16'"),
     ],

@@ -110,6 +110,8 @@ class ModelEMA(Readable):
             raise TypeError(
                 f'only must be globs like "blocks.*", or a function (name, parameter) -> bool; got {only!r}'
             )
+        if not isinstance(seed, int):
+            raise TypeError(f"seed must be a whole number; got {seed!r}")
         one_of("buffers", buffers, ("copy", "average", "leave"))
         one_of("nonfinite", nonfinite, ("skip", "propagate"))
         one_of("ranks", ranks, ("first", "average", "alone"))

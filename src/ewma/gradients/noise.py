@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ewma import profiles
-from ewma.profiles import Profile
+from ewma import files, profiles
+from ewma.gradients.resuming import check
+from ewma.profiles import Profile, choose
 from ewma.recurrence import Recurrence
 from ewma.shards import local, summed
+
+_PARTS = ("clock", "signal", "spread")
 
 PIECE = 1 << 20
 """How many elements are multiplied at a time, in float64."""
@@ -66,20 +71,48 @@ class NoiseScale:
         self.spread: Any = 0.0
 
     def update(self, small_square: Any, big_square: Any, small: float, big: float) -> None:
-        """Take in one pair: the squared norms (numbers or 0-dim tensors) and the batch sizes, small below big."""
+        """Take in one pair: the squared norms (numbers or 0-dim tensors) and the batch sizes, small below big.
+
+        A pair of which one is NaN or infinite does not enter.
+        """
         if not 0.0 < small < big:
             raise ValueError(
                 f"expected two batch sizes, 0 < small < big; got small={small} and big={big}. With one microbatch only "
                 f"there is nothing to compare: see GradientEMA.noise_scale."
             )
-        coefficient = self.clock.advance()
         signal = (big * big_square - small * small_square) / (big - small)
         spread = (small_square - big_square) / (1.0 / small - 1.0 / big)
-        self.signal = self.signal + coefficient * (signal - self.signal)
-        self.spread = self.spread + coefficient * (spread - self.spread)
+        known = (abs(signal) < math.inf) & (abs(spread) < math.inf)  # False for NaN
+        if not isinstance(known, Tensor) or known.is_cpu:
+            known = bool(known)
+        if known is False:
+            return
+        coefficient = self.clock.advance(choose(known, 1.0, 0.0))
+        self.signal = self.signal + coefficient * (choose(known, signal, 0.0) - self.signal)
+        self.spread = self.spread + coefficient * (choose(known, spread, 0.0) - self.spread)
 
     def get(self) -> Any:
-        """tr(S) / |G|^2, in samples; of tensors a tensor, not waited for."""
-        if not self.clock.count:
+        """tr(S) / |G|^2, in samples; of tensors a tensor, not waited for. Infinite or negative where no signal is seen."""
+        if isinstance(self.clock.count, float) and not self.clock.count:
             raise RuntimeError("NoiseScale.get: there is no average before the first update; call update(...) first")
+        if isinstance(self.signal, float) and self.signal == 0.0:
+            return math.inf if self.spread > 0.0 else math.nan
         return self.spread / self.signal
+
+    def state_dict(self) -> dict[str, Any]:
+        """All there is to save: numbers and strings."""
+        return {
+            "format": files.FORMAT,
+            "kind": "NoiseScale",
+            "profile": self.clock.profile.to_json(),
+            "clock": self.clock.numbers(),
+            "signal": float(self.signal),
+            "spread": float(self.spread),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        check("NoiseScale.load_state_dict", state, "NoiseScale", self.clock.profile, "NoiseScale", _PARTS)
+        self.clock = Recurrence(self.clock.profile)
+        self.clock.load(state["clock"])
+        self.signal, self.spread = state["signal"], state["spread"]
