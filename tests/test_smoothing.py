@@ -16,6 +16,7 @@ import torch
 import ewma
 from ewma import ewm, smooth
 from ewma.profiles import Power, Uniform, tensorflow
+from ewma.sides import both_sides
 
 NAN, INF = math.nan, math.inf
 approx = pytest.approx
@@ -62,7 +63,7 @@ STATISTICS = {
     "bands": lambda series, y: series.bands().upper,
     "cov": lambda series, y: series.cov(y),
     "corr": lambda series, y: series.corr(y),
-    "two-sided": lambda series, y: series._two_sided(None),
+    "two-sided": lambda series, y: both_sides(series._course, series._x, None),
 }
 each_statistic = pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
 

@@ -56,8 +56,8 @@ def empty(x: Array, dtype: Any) -> Array:
     kernel several times as long as writing what is on them.
     """
     if not is_tensor(x):
-        return module_of(x).empty(x.shape, dtype)
-    torch = module_of(x)
+        return sys.modules["numpy"].empty(x.shape, dtype)
+    torch = sys.modules["torch"]
     narrow = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}
     plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
     if plain and x.is_cpu and x.numel() * dtype.itemsize >= HUGE and dtype in narrow:
@@ -76,8 +76,7 @@ def full(x: Array, shape: tuple[int, ...], value: float) -> Array:
 
 def needs_gradient(*arrays: Any) -> bool:
     """Whether any of these is a tensor that autograd is to see."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.is_grad_enabled() and any(is_tensor(x) and x.requires_grad for x in arrays)
+    return any(is_tensor(x) and x.requires_grad for x in arrays) and bool(sys.modules["torch"].is_grad_enabled())
 
 
 def may_ask(x: Array) -> bool:

@@ -45,8 +45,9 @@ def rule_of(
         series: a knob that is an array broadcasts to it.
         times: what its stamps come to, if it has any.
     """
-    if profile is None and times is None and PLAIN.issuperset(map(type, (*knobs.values(), debias, weigh, missing))):
-        return _plain(call, debias, weigh, missing, **knobs)
+    plain = (call, debias, weigh, missing, *map(knobs.get, KNOBS))
+    if profile is None and times is None and PLAIN.issuperset(map(type, plain)):
+        return _plain(*plain)
     dated = times is not None and times.in_seconds
     knobs = {name: stamps.in_seconds(name, value, dated) for name, value in knobs.items()}
     name = next((name for name in KNOBS if is_array(knobs[name])), None)
@@ -63,9 +64,9 @@ def rule_of(
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _plain(call: str, debias: bool, weigh: Weigh | None, missing: Missing, **knobs: float | None) -> Rule:
+def _plain(call: str, debias: bool, weigh: Weigh | None, missing: Missing, *knobs: float | None) -> Rule:
     """The rule of one knob that is a number: made once, since many series have the same."""
-    exponential = profiles.resolve(call, None, debias, **knobs)
+    exponential = profiles.resolve(call, None, debias, **dict(zip(KNOBS, knobs, strict=True)))
     return Rule(exponential, debias, weighing(exponential, weigh), check_missing(missing))
 
 

@@ -12,7 +12,8 @@ from ewma.moments import standardized_before
 from ewma.profiles import Profile, bare_number
 from ewma.ratios import correlated
 from ewma.recurrence import Weigh
-from ewma.sweep import Spread, Statistic, both_sides, mean_of, starting, sweep
+from ewma.sides import both_sides
+from ewma.sweep import Course, Spread, Statistic, mean_of, starting, sweep
 from ewma.values import Series, unpack
 from ewma.weighting import Missing, check_min_periods
 
@@ -87,7 +88,7 @@ def smooth(
     """
     if profile is not None and isinstance(profile, Real):
         raise TypeError(bare_number("smooth(x, ", profile))
-    series = ewm(
+    series, course = _asked(
         x,
         profile,
         half_life=half_life,
@@ -104,7 +105,7 @@ def smooth(
         min_periods=min_periods,
         initial=initial,
     )
-    return series._two_sided(out=out) if two_sided else series.mean(out=out)
+    return both_sides(course, series, out) if two_sided else sweep(course, (series,), mean_of, out=out)[0]
 
 
 class ewm:
@@ -145,19 +146,23 @@ class ewm:
         min_periods: int = 1,
         initial: Any = None,
     ) -> None:
-        if axis is not None and dim is not None:
-            raise TypeError(f"axis= and dim= are two words for one thing; got axis={axis} and dim={dim}. Keep one.")
-        self._x = unpack("x", x, dim if axis is None else axis)
-        knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
-        passed = None if times is None else stamps.stamps(times, self._x.shape[1])
-        self._elapsed = None if passed is None else passed.elapsed
-        self._rule = rules.rule_of("ewm(x, ", self._x, profile, knobs, debias, weigh, nan, passed)
-        self._needed = check_min_periods(min_periods)
-        self._initial = None
-        if initial is None:
-            self._needed = max(self._needed, 1)
-        else:
-            self._initial, self._rule = starting(initial, self._x), self._rule.begun()
+        self._x, self._course = _asked(
+            x,
+            profile,
+            half_life=half_life,
+            decay=decay,
+            alpha=alpha,
+            span=span,
+            com=com,
+            axis=axis,
+            dim=dim,
+            times=times,
+            debias=debias,
+            nan=nan,
+            weigh=weigh,
+            min_periods=min_periods,
+            initial=initial,
+        )
 
     def mean(self, *, out: Any = None) -> Any:
         """The running mean; `out` as in `smooth`."""
@@ -181,7 +186,7 @@ class ewm:
 
     def sum(self) -> Any:
         """The decayed sum, `sum[t] = keep * sum[t-1] + gain * x[t]`: the mean times the weight that was seen."""
-        if not self._rule.debias:
+        if not self._course.rule.debias:
             raise ValueError("a sum starts at 0, with nothing to debias: leave out debias=False and initial=")
         return self._each(lambda chunk, prior, xs: (chunk.means[0] * chunk.total,))[0]
 
@@ -201,9 +206,7 @@ class ewm:
         self, statistic: Statistic, *wanted: tuple[int, int], y: Any = None, out: Any = None, results: int = 1
     ) -> list[Any]:
         series = (self._x, self._beside(y)) if COVARIANCE in wanted else (self._x,)
-        return sweep(
-            self._rule, self._initial, series, self._elapsed, self._needed, statistic, wanted, results=results, out=out
-        )
+        return sweep(self._course, series, statistic, wanted, results=results, out=out)
 
     def _beside(self, y: Any) -> Series:
         """A second series, of x's shape and on its device."""
@@ -217,7 +220,28 @@ class ewm:
             raise ValueError(f"expected y on x's device, {x.array.device}; got y on device {other.array.device}")
         return other._replace(axis=x.axis)
 
-    def _two_sided(self, out: Any) -> Any:
-        if self._initial is not None or not self._rule.debias:
-            raise ValueError("two_sided weighs by distance alone: leave out debias=False and initial=")
-        return both_sides(self._rule, self._x, self._elapsed, self._needed, out)
+
+def _asked(
+    x: Any,
+    profile: Profile | None,
+    *,
+    axis: int | None,
+    dim: int | None,
+    times: Any,
+    debias: bool,
+    nan: Missing,
+    weigh: Weigh | None,
+    min_periods: int,
+    initial: Any,
+    **knobs: Number | None,
+) -> tuple[Series, Course]:
+    """The arguments of `smooth` and `ewm`, checked, as the series and how it is averaged."""
+    if axis is not None and dim is not None:
+        raise TypeError(f"axis= and dim= are two words for one thing; got axis={axis} and dim={dim}. Keep one.")
+    series = unpack("x", x, dim if axis is None else axis)
+    passed = None if times is None else stamps.stamps(times, series.shape[1])
+    rule = rules.rule_of("ewm(x, ", series, profile, knobs, debias, weigh, nan, passed)
+    elapsed, needed = None if passed is None else passed.elapsed, check_min_periods(min_periods)
+    if initial is None:
+        return series, Course(rule, None, elapsed, max(needed, 1))
+    return series, Course(rule.begun(), starting(initial, series), elapsed, needed)

@@ -11,13 +11,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from ewma import kernels, whole
-from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient, wide
+from ewma import kernels, outs, whole
+from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient
 from ewma.averaging import Pair
 from ewma.columns import Vector
 from ewma.moments import Chunk, Moments
@@ -41,12 +41,32 @@ Statistic: TypeAlias = Callable[[Chunk, Moments, tuple[Array, ...]], tuple[Array
 """Of a chunk, of the moments before it and of its values: the arrays that are asked for."""
 
 
+class Course(NamedTuple):
+    """How whole series are averaged, each alike.
+
+    Args:
+        rule: how the steps weigh.
+        start: the mean before the first, of shape (outer, 1, inner); None where there is none.
+        elapsed: what passed before each step; None for one unit each.
+        needed: how many values must have been observed, for there to be a result.
+    """
+
+    rule: Rule
+    start: Array | None
+    elapsed: Vector | None
+    needed: int
+
+    def moments(self, wanted: tuple[Pair, ...], several: int) -> Moments:
+        """Those of so many series before their first step."""
+        moments = Moments(self.rule, wanted)
+        if self.start is not None:
+            moments.begin_at((self.start,) * several)
+        return moments
+
+
 def sweep(
-    rule: Rule,
-    start: Array | None,
+    course: Course,
     series: Sequence[Series],
-    elapsed: Vector | None,
-    needed: int,
     statistic: Statistic,
     wanted: tuple[Pair, ...] = (),
     *,
@@ -56,59 +76,69 @@ def sweep(
     """Take in whole series and give what `statistic` makes of them, packed as the first one came.
 
     Args:
-        rule: how the steps weigh.
-        start: the mean before the first, of shape (outer, 1, inner), for each series alike; None where there is none.
-        elapsed: what passed before each step; None for one unit each.
-        needed: how many values must have been observed, for there to be a result.
         wanted: the second moments that `statistic` needs.
         results: how many arrays `statistic` gives.
         out: where to write the only result, if not to a new array.
     """
     first = series[0]
-    outer, n, inner = first.shape
-    arrays = [one.array.reshape(outer, n, inner) for one in series]
-    if rule.missing == "raise":
+    shape = first.shape
+    arrays = [one.array.reshape(shape) for one in series]
+    if course.rule.missing == "raise":
         for array in arrays:
             raise_for_missing(array)
-    if is_tensor(first.array) and needs_gradient(*arrays, rule.alpha, start):
-        _refuse(out)
-        quick = statistic is mean_of and elapsed is None and needed <= 1 and first.array.numel()
-        if quick and not needs_gradient(rule.alpha, start):
-            with numpy.errstate(all="ignore"):
-                made = whole.remembering(rule, start, arrays[0])
-            if made is not None:
-                return [first.pack(made.reshape(first.array.shape))]
-        given: Sequence[Array] = arrays * results
-        if first.array.numel():
-            given = _advance(_begun(rule, wanted, start, len(series)), arrays, elapsed, 0, needed, statistic)
+    if is_tensor(first.array) and needs_gradient(*arrays, course.rule.alpha, course.start):
+        outs.refuse(out)
+        given = _remembering(course, arrays, statistic, wanted, results)
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in given]
-    made = [empty(first.array, first.floating) if out is None else _check_out(first, out) for _ in range(results)]
-    views = [array.reshape(outer, n, inner) for array in made]
-    if (
-        elapsed is None
-        and made[0] is not first.array
-        and _at_once(rule, start, arrays[0], statistic, views, made[0] is not out, needed)
-    ):
-        for view in views if needed > 1 else ():
-            view[:, : needed - 1] = math.nan
-        return [_give(first, array, out) for array in made]
-    moments = _begun(rule, wanted, start, len(series))
+    made = [empty(first.array, first.floating) if out is None else outs.check(first, out) for _ in range(results)]
+    views = [array.reshape(shape) for array in made]
+    if made[0] is first.array or not _at_once(course, arrays[0], statistic, views, made[0] is not out):
+        _in_pieces(course, arrays, statistic, wanted, views)
+    elif course.needed > 1:
+        for view in views:
+            view[:, : course.needed - 1] = math.nan
+    return [outs.give(first, array, out) for array in made]
+
+
+def _remembering(
+    course: Course, arrays: Sequence[Array], statistic: Statistic, wanted: tuple[Pair, ...], results: int
+) -> Sequence[Array]:
+    """What `statistic` makes of whole series, as autograd can go back through it."""
+    rule, start, elapsed, needed = course
+    if not arrays[0].numel():
+        return list(arrays) * results
+    if statistic is mean_of and elapsed is None and needed <= 1 and not needs_gradient(rule.alpha, start):
+        with numpy.errstate(all="ignore"):
+            made = whole.remembering(rule, start, arrays[0])
+        if made is not None:
+            return [made]
+    return _advance(course.moments(wanted, len(arrays)), arrays, elapsed, 0, needed, statistic)
+
+
+def _in_pieces(
+    course: Course,
+    arrays: Sequence[Array],
+    statistic: Statistic,
+    wanted: tuple[Pair, ...],
+    outputs: Sequence[Array],
+) -> None:
+    """`follow` of some of the series at a time, on as many threads as are worth their start."""
+    outer, _, inner = arrays[0].shape
+    moments = course.moments(wanted, len(arrays))
 
     def group(lanes: tuple[slice, slice]) -> None:
         rows, columns = lanes
-        part = moments.of(rows, columns)
-        with quietly(first.array):
-            inputs, outputs = ([array[rows, :, columns] for array in several] for several in (arrays, views))
-            follow(part, inputs, elapsed, needed, statistic, outputs)
+        with quietly(arrays[0]):
+            inputs, targets = ([array[rows, :, columns] for array in several] for several in (arrays, outputs))
+            follow(moments.of(rows, columns), inputs, course.elapsed, course.needed, statistic, targets)
 
-    threads = _threads(first.array, inner)
+    threads = _threads(arrays[0], inner)
     if threads == 1:
         for lanes in _lanes(outer, inner, 1):
             group(lanes)
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(group, _lanes(outer, inner, threads)))
-    return [_give(first, array, out) for array in made]
 
 
 @dataclass(frozen=True)
@@ -133,29 +163,16 @@ class Spread:
 KINDS = ("variance", "deviation", "bands")
 
 
-def _at_once(
-    rule: Rule,
-    start: Array | None,
-    x: Array,
-    statistic: Statistic,
-    outs: Sequence[Array],
-    untouched: bool,
-    needed: int,
-) -> bool:
+def _at_once(course: Course, x: Array, statistic: Statistic, outs: Sequence[Array], untouched: bool) -> bool:
     """Write a mean or a spread of whole series in one compiled pass, where that can be."""
+    rule, start, elapsed, needed = course
+    if elapsed is not None:
+        return False
     if statistic is mean_of:
         return whole.mean(rule, start, x, outs[0], untouched, needed)
     return isinstance(statistic, Spread) and whole.spread(
         rule, start, x, outs, KINDS.index(statistic.kind), statistic.k, statistic.unbiased
     )
-
-
-def _begun(rule: Rule, wanted: tuple[Pair, ...], start: Array | None, several: int) -> Moments:
-    """The moments of so many series before their first step."""
-    moments = Moments(rule, wanted)
-    if start is not None:
-        moments.begin_at((start,) * several)
-    return moments
 
 
 def mean_of(chunk: Chunk, prior: Moments, xs: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -183,41 +200,6 @@ def follow(
         for output, result in zip(outputs, results, strict=True):
             output[:, begin : begin + step] = result
     moments.rooms = None
-
-
-def both_sides(rule: Rule, series: Series, elapsed: Vector | None, needed: int, out: Any) -> Any:
-    """The mean of the values on both sides of each, weighted by their distance, the value itself counted once.
-
-    (before * weight before + after * weight after - x) / (weight before + weight after - 1)
-    """
-    outer, n, inner = series.shape
-    x = wide(series.array.reshape(outer, n, inner))
-    learns = needs_gradient(x, rule.alpha)
-    if learns:
-        _refuse(out)
-    if rule.missing == "raise":
-        raise_for_missing(x)
-    target = empty(series.array, series.floating) if out is None else _check_out(series, out)
-    if not math.prod(x.shape):
-        return series.pack(series.array.to(series.floating) if learns else target)
-    module = module_of(x)
-    rule = replace(rule, weigh="value")
-    back = None if elapsed is None else numpy.concatenate(([1.0], elapsed[:0:-1]))
-    with contextlib.nullcontext() if learns else quietly(x):
-        ahead = Moments(rule).advance((x,), elapsed)
-        behind = Moments(rule.reversed()).advance((module.flip(x, (1,)),), back)
-        mean, weight, count = (module.flip(part, (1,)) for part in (behind.means[0], behind.total, behind.count))
-        finite = module.isfinite(x)
-        own, start = wide(finite), module.where(ahead.count > 0, ahead.means[0], mean)
-        # Written as a change of what lies before, a constant stays exactly what it is.
-        change = (mean - start) * weight - own * (module.where(finite, x, 0.0) - start)
-        total = ahead.total + weight - own
-        result = start + change / module.where(total > 0.0, total, 1.0)
-        result = module.where(ahead.count + count - own >= needed, result, math.nan)
-        if learns:
-            return series.pack(result.reshape(series.array.shape).to(series.floating))
-        target.reshape(outer, n, inner)[...] = result
-        return _give(series, target, out)
 
 
 def _advance(
@@ -272,46 +254,6 @@ def _threads(x: Array, inner: int) -> int:
         return 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
-
-
-def _refuse(out: Any) -> None:
-    if out is not None:
-        raise ValueError("out= cannot be written where autograd has to remember: leave it out, or use no_grad()")
-
-
-def _check_out(series: Series, out: Any) -> Array:
-    """Where to write: `out` itself, or room of its own where out is not one stretch of memory or shares some of x's."""
-    x = series.array
-    if is_tensor(out) != is_tensor(x) or not (is_tensor(out) or isinstance(out, module_of(x).ndarray)):
-        raise TypeError(f"expected out to be an array or a tensor, as x is; got {type(out).__name__}")
-    if tuple(out.shape) != tuple(x.shape):
-        raise ValueError(f"expected out of x's shape, {list(x.shape)}; got {list(out.shape)}")
-    if is_tensor(out):
-        if not out.is_floating_point() or out.device != x.device:
-            raise TypeError(f"expected out of a floating dtype on {x.device}; got {out.dtype} on {out.device}")
-        if out.requires_grad:
-            raise ValueError("out needs a gradient, and cannot be written in place: give out.detach()")
-        simple = (
-            out.is_contiguous()
-            and not out._is_view()
-            and (out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or out is x)
-        )
-    else:
-        if out.dtype.kind != "f":
-            raise TypeError(f"expected out of a floating dtype; got {out.dtype}")
-        if not out.flags.writeable:
-            raise ValueError("expected out to be writeable; got a read-only array")
-        simple = out.flags.c_contiguous and (out is x or not module_of(x).may_share_memory(out, x))
-    return out if simple else empty(series.array, series.floating)
-
-
-def _give(series: Series, made: Array, out: Any) -> Any:
-    """The result as the series came, or in `out`."""
-    if out is None:
-        return series.pack(made)
-    if made is not out:
-        out[...] = made
-    return out
 
 
 @contextlib.contextmanager
