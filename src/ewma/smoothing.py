@@ -88,23 +88,8 @@ def smooth(
     """
     if profile is not None and isinstance(profile, Real):
         raise TypeError(bare_number("smooth(x, ", profile))
-    series, course = _asked(
-        x,
-        profile,
-        half_life=half_life,
-        decay=decay,
-        alpha=alpha,
-        span=span,
-        com=com,
-        axis=axis,
-        dim=dim,
-        times=times,
-        debias=debias,
-        nan=nan,
-        weigh=weigh,
-        min_periods=min_periods,
-        initial=initial,
-    )
+    knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
+    series, course = _asked(x, profile, knobs, axis, dim, times, debias, nan, weigh, min_periods, initial)
     return both_sides(course, series, out) if two_sided else sweep(course, (series,), mean_of, out=out)[0]
 
 
@@ -146,23 +131,8 @@ class ewm:
         min_periods: int = 1,
         initial: Any = None,
     ) -> None:
-        self._x, self._course = _asked(
-            x,
-            profile,
-            half_life=half_life,
-            decay=decay,
-            alpha=alpha,
-            span=span,
-            com=com,
-            axis=axis,
-            dim=dim,
-            times=times,
-            debias=debias,
-            nan=nan,
-            weigh=weigh,
-            min_periods=min_periods,
-            initial=initial,
-        )
+        knobs = {"half_life": half_life, "decay": decay, "alpha": alpha, "span": span, "com": com}
+        self._x, self._course = _asked(x, profile, knobs, axis, dim, times, debias, nan, weigh, min_periods, initial)
 
     def mean(self, *, out: Any = None) -> Any:
         """The running mean; `out` as in `smooth`."""
@@ -224,7 +194,7 @@ class ewm:
 def _asked(
     x: Any,
     profile: Profile | None,
-    *,
+    knobs: dict[str, Number | None],
     axis: int | None,
     dim: int | None,
     times: Any,
@@ -233,7 +203,6 @@ def _asked(
     weigh: Weigh | None,
     min_periods: int,
     initial: Any,
-    **knobs: Number | None,
 ) -> tuple[Series, Course]:
     """The arguments of `smooth` and `ewm`, checked, as the series and how it is averaged."""
     if axis is not None and dim is not None:

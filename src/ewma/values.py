@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,15 +73,16 @@ def unpack(where: str, x: Any, axis: int | None) -> Series:
 def _axis(where: str, axis: int | None, dimensions: int) -> int:
     if dimensions == 0:
         raise ValueError(f"{where}: expected a series; got a single number. One value at a time is ewma.EMA's update.")
-    chosen = -1 if axis is None else axis
-    if isinstance(chosen, bool) or not hasattr(chosen, "__index__"):
+    if axis is None:
+        return dimensions - 1
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"{where}: axis must be an integer; got {axis!r}")
-    if not -dimensions <= chosen < dimensions:
+    if not -dimensions <= axis < dimensions:
         raise ValueError(
             f"{where}: expected axis from {-dimensions} to {dimensions - 1}, x having {dimensions} of them; got "
             f"axis={axis}"
         )
-    return operator.index(chosen) % dimensions
+    return operator.index(axis) % dimensions
 
 
 def _floating(where: str, array: Any) -> Any:
@@ -117,7 +119,8 @@ def _tensor(where: str, x: Any, axis: int) -> Series:
 def _list(where: str, x: Any, axis: int | None) -> Series:
     import numpy
 
-    if any(is_tensor(each) for each in x):
+    torch = sys.modules.get("torch")
+    if torch is not None and any(issubclass(kind, torch.Tensor) for kind in set(map(type, x))):
         raise TypeError(f"{where}: expected numbers; got a list of tensors. Make them one: torch.stack(x)")
     try:
         array = numpy.asarray(x)

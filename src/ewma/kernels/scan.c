@@ -121,6 +121,13 @@ typedef struct {
     double room[BLOCK];
 } Stage;
 
+/* To clear the room would cost a short series as much as its steps. */
+INLINE void begin_stage(Stage *stage)
+{
+    stage->to = NULL;
+    stage->size = 0;
+}
+
 static void leave(Stage *stage)
 {
     if (stage->size)
@@ -205,7 +212,8 @@ static double reach(
 /* Where the steps of a series do not lie side by side, several take turns: the neighbours' lines are in the cache. */
 static size_t lines(Sweep *sweep, ptrdiff_t first, ptrdiff_t last)
 {
-    Stage stage = {NULL, 0, {0}};
+    Stage stage;
+    begin_stage(&stage);
     size_t unfinished = 0;
     const ptrdiff_t step = sweep->x.step[1];
     const ptrdiff_t turn = last - first == 1 || step == 1 || step == -1 ? sweep->n : BLOCK;
@@ -232,7 +240,8 @@ static void segment(const Sweep *sweep, size_t index)
     const ptrdiff_t end = sweep->n - begin < sweep->each ? sweep->n : begin + sweep->each;
     const double base = sweep->base[sweep->series];
     double sum = sweep->sums[sweep->series];
-    Stage stage = {NULL, 0, {0}};
+    Stage stage;
+    begin_stage(&stage);
     if (begin > 0) {
         const double counts = ceil(BITS * log(2.0) / -log1p(-sweep->post.lost));
         const ptrdiff_t back = counts < (double)begin ? (ptrdiff_t)counts : begin;
@@ -255,7 +264,8 @@ static void strip_steps(Sweep *sweep, ptrdiff_t row, ptrdiff_t column, int width
     const ptrdiff_t series = row * sweep->inner + column;
     double *base = sweep->base + series, *sums = sweep->sums + series, shares[BLOCK];
     double u[PIECE], y[PIECE];
-    Stage stage = {NULL, 0, {0}};
+    Stage stage;
+    begin_stage(&stage);
     const int at_once = direct(x, out), narrow = at_once && width <= NARROW;
     const ptrdiff_t x_step = x->step[1] * (ptrdiff_t)size_of(x->dtype);
     const ptrdiff_t out_step = out->step[1] * (ptrdiff_t)size_of(out->dtype);
@@ -351,7 +361,8 @@ static void in_segments(Sweep *sweep, int threads)
                 const ptrdiff_t row = sweep->series / sweep->inner, column = sweep->series % sweep->inner;
                 const ptrdiff_t begin = (ptrdiff_t)index * sweep->each;
                 const ptrdiff_t end = sweep->n - begin < sweep->each ? sweep->n : begin + sweep->each;
-                Stage stage = {NULL, 0, {0}};
+                Stage stage;
+                begin_stage(&stage);
                 *sum = line(sweep, row, column, begin, end, sweep->base[sweep->series], *sum, &stage);
                 leave(&stage);
             }
