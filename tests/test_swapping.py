@@ -121,6 +121,14 @@ def test_another_owner_of_the_same_model_is_refused_too(ema, small: Small) -> No
         other.update()
 
 
+def test_what_would_be_undone_is_not_copied(ema) -> None:
+    theirs = Small()
+    other = ewma.ModelEMA(theirs, half_life=2)
+    with other.swapped(), pytest.raises(RuntimeError, match="Leave the with block first"):
+        ema.copy_to(theirs)
+    ema.copy_to(theirs)
+
+
 def test_two_owners_nest(ema, small: Small) -> None:
     other = ewma.ModelEMA(small, half_life=100, only="first.*")
     other.update()

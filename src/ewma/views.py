@@ -78,6 +78,7 @@ class Readable(ABC):
             pairs = self._pairs()
             reshard(ema.model)
         else:
+            ema.refuse_if_swapped(model)
             mine = {named.name: (named, source) for named, source in self._sources()}
             theirs = {named.name: named for named in named_tensors(model)}
             problem = mismatch(

@@ -309,8 +309,8 @@ class ModelEMA(Readable):
         """Raise on every rank where they were made with different settings, or one does not come. Collective."""
         self.ranks.agree(what, self.model, self._settings())
 
-    def refuse_if_swapped(self) -> None:
-        if swapping.raw_weights(self.model) is not None:
+    def refuse_if_swapped(self, model: nn.Module | None = None) -> None:
+        if swapping.raw_weights(self.model if model is None else model) is not None:
             raise RuntimeError(
                 "the averages are in the model (inside swapped()), so there are no raw weights to train, average or "
                 "overwrite now. Leave the with block first; only evaluate inside it."

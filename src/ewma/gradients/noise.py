@@ -92,7 +92,7 @@ class NoiseScale:
         self.spread = self.spread + coefficient * (choose(known, spread, 0.0) - self.spread)
 
     def get(self) -> Any:
-        """tr(S) / |G|^2, in samples; of tensors a tensor, not waited for. Infinite or negative where no signal is seen."""
+        """tr(S) / |G|^2, in samples; of tensors a tensor, not waited for. Infinite or negative where no signal is."""
         if isinstance(self.clock.count, float) and not self.clock.count:
             raise RuntimeError("NoiseScale.get: there is no average before the first update; call update(...) first")
         if isinstance(self.signal, float) and self.signal == 0.0:
