@@ -27,6 +27,7 @@ DTYPES = [f32, f64, bf16, f16]
 NAN, INF = math.nan, math.inf
 ROUNDING = {f32: 2.0**-24, f64: 1e-14, bf16: 2.0**-8, f16: 2.0**-11}
 SHAPES = [(1, 1, 1), (1, 2, 1), (1, 63, 1), (2, 20, 3)]
+AS_THEY_ARE = {name: getattr(triton_tiles, name) for name in ("TILE", "LANES", "PROGRAMS", "SEGMENT")}
 TILES = {"TILE": 16, "LANES": 4, "PROGRAMS": 8, "SEGMENT": 1}
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,7 +205,7 @@ def test_what_lies_between_is_not_written() -> None:
 def test_large_series_in_tiles_as_they_are(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    for name, value in {"TILE": 2048, "LANES": 32, "PROGRAMS": 1024, "SEGMENT": 4}.items():
+    for name, value in AS_THEY_ARE.items():
         monkeypatch.setattr(triton_tiles, name, value)
     x = gappy(*shape, dtype=dtype)
     right, step = by_torch(monkeypatch, x.double(), alpha=1e-3), 1.01 * max(ROUNDING[dtype], 1e-13)

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from ewma.kernels import triton_scan
 from ewma.kernels.triton_numbers import DTYPES, capturing, count, finite, halves, number, run
 from ewma.kernels.triton_scan import LEAST, Shares, serves
-from ewma.kernels.triton_tiles import at, known, last, plan, read_tile, roughly_then, then, write_tile
+from ewma.kernels.triton_tiles import TILE, WARPS, at, known, last, plan, read_tile, roughly_then, then, write_tile
 
 __all__ = ["linear", "mean", "remembering", "serves"]
 
@@ -127,7 +127,7 @@ def _mean(
         seen = y
     else:
         y, seen = tl.load(sums + place, mask=there, other=0.0), tl.load(before + place, mask=there, other=1.0)
-    kept = 1.0 - seen
+    kept = 1.0 + 0.0 * seen
     for start in range(begin, end, TIME):
         t = start + tl.arange(0, TIME)
         inside = (t < end)[:, None] & there[None, :]
@@ -147,24 +147,24 @@ def _mean(
             gone, left, gained = tl.associative_scan((gone, left, given), 0, then)
         else:
             gone, left, gained = tl.associative_scan((gone, left, given), 0, roughly_then)
-        gone_last, left_last, gained_last = last(gone, TIME), last(left, TIME), last(gained, TIME)
-        if not ONLY_ENDS:
-            made = left * y[None, :] + gained
-            if OUT == tl.float64:
-                made = tl.where(gone <= 0.5, y[None, :] + (gained - gone * y[None, :]), made)
-            if DEBIAS:
-                if 1.0 - tl.min(seen, 0) > UNSEEN:
-                    by_now = seen[None, :] + gone * (1.0 - seen)[None, :]
+        if ONLY_ENDS:
+            gone, left, gained = last(gone, TIME), last(left, TIME), last(gained, TIME)
+            seen, kept, y = then(seen, kept, y, gone, left, gained)
+        else:
+            little = y[None, :] + (gained - gone * y[None, :])
+            made = tl.where(gone <= 0.5, little, left * y[None, :] + gained)
+            y = last(made, TIME)
+            if 1.0 - tl.min(seen, 0) > UNSEEN:
+                by_now = seen[None, :] + gone * (1.0 - seen)[None, :]
+                seen = last(by_now, TIME)
+                if DEBIAS:
                     made /= number(held[0], held[1]) + by_now * number(rest[0], rest[1])
-                    made = tl.where(by_now > 0.0, made, float("nan"))
                 else:
                     made *= number(share[0], share[1])
+                made = tl.where(by_now > 0.0, made, float("nan"))
             else:
                 made *= number(share[0], share[1])
-                if tl.min(seen, 0) == 0.0:
-                    made = tl.where(seen[None, :] + gone > 0.0, made, float("nan"))
             write_tile(at(out, lane, inner, t, out_strides), inside, whole, made + origin[None, :], OUT)
-        seen, kept, y = then(seen, kept, y, gone_last, left_last, gained_last)
     if ONLY_ENDS:
         size = lanes.to(tl.int64) * segments
         tl.store(out + place, seen, mask=there)
@@ -203,14 +203,15 @@ def mean(
     given = (lost, small, held * small, (1.0 / lost - held) * small, lost / small)
     numbers = [halves(each, x.device) for each in given]
     (x_at, x_strides), (out_at, out_strides) = known(x), known(out)
-    tile = {"X": DTYPES[x.dtype], "TIME": time, "LANES": width}
+    tile = {"X": DTYPES[x.dtype], "TIME": time, "LANES": width, "num_warps": WARPS}
     kind = {"OUT": DTYPES[out.dtype], "DEBIAS": debias, "SKIPS": skips}
     base, sums = x.new_empty((2, outer, 1, inner), dtype=torch.float64)
     before = torch.zeros_like(base)
     starts = None if start is None else start.expand(outer, 1, inner).contiguous()
     shape = (n, lanes, inner, triton.cdiv(n, FEW.value), numbers[2], x_strides)
-    from_first = held > 0.0 or not debias
-    run(_begin, (abreast,), x.device, x_at, starts, base, sums, *shape, FROM_FIRST=from_first, **tile)
+    few = min(width, max(TILE // FEW.value, 1))
+    begin = tile | {"FROM_FIRST": held > 0.0 or not debias, "TIME": TILE // few, "LANES": few}
+    run(_begin, (triton.cdiv(lanes, few),), x.device, x_at, starts, base, sums, *shape, **begin)
 
     def steps(out: Tensor, segments: int, only_ends: bool) -> None:
         shape = (n, lanes, inner, segments, length)

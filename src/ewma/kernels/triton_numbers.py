@@ -249,7 +249,7 @@ class Table:
 def run(kernel: Any, grid: tuple[int, ...], device: torch.device, *given: Any, **constants: Any) -> None:
     """Run a kernel on its tensors' device."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*given, **constants, num_warps=WARPS)
+        kernel[grid](*given, **{"num_warps": WARPS} | constants)
 
 
 def launch(kernel: Any, table: Table, *given: Any, **constants: Any) -> None:

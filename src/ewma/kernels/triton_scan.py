@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from ewma.columns import settled
 from ewma.kernels.triton_numbers import DTYPES, halves, interpreted, number, run
-from ewma.kernels.triton_tiles import at, known, last, plan, read_tile, then, write_tile
+from ewma.kernels.triton_tiles import WARPS, at, known, last, plan, read_tile, then, write_tile
 
 BITS = tl.constexpr(40)
 """Of the largest number of steps."""
@@ -202,6 +202,7 @@ def scan(
             "TIME": time,
             "LANES": width,
             "WITHIN": time.bit_length(),
+            "num_warps": WARPS,
         }
         given = (u_at, lost_at, kept_at, carries, out_at)
         weighing = None if shares is None else _coded(shares, lost, u.device)

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ewma.kernels.triton_numbers import read, write
 
-TILE = 2048
+TILE = 1024
 LANES = 32
+WARPS = 4
 PROGRAMS = 1024
 SEGMENT = 4
-"""Steps times series in a tile; the most series side by side in it; how many programs keep a GPU busy; and how many
-tiles a segment has at least."""
+"""Steps times series in a tile; the most series side by side in it, where there are steps enough; how many warps work
+on it, few, so that of several tiles on a multiprocessor some are read while others are computed; how many programs keep
+a GPU busy; and how many tiles a segment has at least."""
 
 
 @triton.jit
@@ -88,8 +90,8 @@ def plan(x: Tensor) -> Plan:
         time = min(TILE, triton.next_power_of_2(n))
         width = min(width, TILE // time)
     else:
-        width = min(width, LANES)
-        time = min(TILE // width, triton.next_power_of_2(n))
+        time = min(TILE // min(width, LANES), triton.next_power_of_2(n))
+        width = min(width, TILE // time)
     abreast = triton.cdiv(lanes, width)
     segments = max(min(PROGRAMS // abreast, n // (SEGMENT * time)), 1)
     length = triton.cdiv(triton.cdiv(n, segments), time) * time
