@@ -345,6 +345,21 @@ def test_expanded_tensors_are_written_once(updates: int) -> None:
     assert same(bits(model), before)
 
 
+def test_a_buffer_that_is_a_view_of_weights_does_not_bring_the_raw_ones_back() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("row", model.weight.data[0])
+    ema = ewma.ModelEMA(model, half_life=1)
+    ema.update()
+    nn.init.zeros_(model.weight)
+    ema.update()
+    before, expected = bits(model), averages(ema)
+    with ema.swapped():
+        assert holds(model, expected)
+    assert same(bits(model), before)
+    ema.copy_to()
+    assert holds(model, expected)
+
+
 @pytest.mark.parametrize("updates", [0, 1])
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("values", [torch.eye(3), torch.eye(3).bool()], ids=["float", "bool"])

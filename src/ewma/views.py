@@ -207,7 +207,8 @@ class Readable(ABC):
 
     def _pairs(self) -> list[swapping.Pair]:
         left = {named.name for named in self._read()[0].bind().raw if named.is_parameter or not _dense(named)}
-        return [(named.tensor, source) for named, source in self._sources() if named.name not in left]
+        pairs = [(named.tensor, source) for named, source in self._sources() if named.name not in left]
+        return pairs[::-1]  # averages last: a buffer may be a view of weights, and holds the newest ones
 
 
 def _as_they_are(model: nn.Module) -> list[swapping.Pair]:
