@@ -14,11 +14,14 @@ from ewma.recurrence import Recurrence
 from ewma.shards import write
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: what the host does now, replays do not."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture(clocks: Iterable[Recurrence], call: str) -> None:
     """Raise where a CUDA graph is captured while the host keeps the clocks: every replay would repeat one update."""
-    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-        return
-    if any(isinstance(clock.weight, float) for clock in clocks):
+    if capturing() and any(isinstance(clock.weight, float) for clock in clocks):
         raise RuntimeError(
             f"a CUDA graph is being captured, and time and weight are on the host, so that every replay would repeat "
             f"this one update. Write {call}(..., capturable=True), and run a few steps before the capture."

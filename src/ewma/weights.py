@@ -18,7 +18,7 @@ from ewma.ranks import How, Ranks
 from ewma.recurrence import check_elapsed
 from ewma.shards import reshard
 from ewma.states import WhichProfile, one_of
-from ewma.tracks import Track
+from ewma.tracks import Track, capturing
 from ewma.views import Readable, View
 
 
@@ -191,6 +191,11 @@ class ModelEMA(Readable):
             raise ValueError(f"every must be a whole number of steps, 1 or more; got {every!r}")
 
         def after_step(taken: Any) -> None:
+            if every > 1 and capturing():
+                raise RuntimeError(
+                    f"a CUDA graph is being captured, and every={every} counts steps on the host, which replays do "
+                    f"not. Attach with every=1; or do not attach, and call ema.update(elapsed={every}) beside the graph."
+                )
             amount = check_elapsed(elapsed() if callable(elapsed) else elapsed)
             self._waiting = self._waiting + (amount if taken is True else taken.double() * amount)
             self._waiting_at_most += amount
