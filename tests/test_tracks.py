@@ -45,6 +45,6 @@ def test_nor_does_a_graph_count_steps() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = ModelEMA(model, half_life=3, capturable=True).attach(optimizer, every=10)
     model(torch.ones(2)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"every=10 counts steps on the host, .* ema.update\(elapsed=10\) beside"):
+    with pytest.raises(RuntimeError, match=r"every=10 counts steps on the host, .* ema.update\(elapsed=10\) beside it"):
         optimizer.step()
     ema.detach()

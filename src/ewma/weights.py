@@ -194,7 +194,7 @@ class ModelEMA(Readable):
             if every > 1 and capturing():
                 raise RuntimeError(
                     f"a CUDA graph is being captured, and every={every} counts steps on the host, which replays do "
-                    f"not. Attach with every=1; or do not attach, and call ema.update(elapsed={every}) beside the graph."
+                    f"not. Attach with every=1; or do not attach, and call ema.update(elapsed={every}) beside it."
                 )
             amount = check_elapsed(elapsed() if callable(elapsed) else elapsed)
             self._waiting = self._waiting + (amount if taken is True else taken.double() * amount)
