@@ -82,6 +82,15 @@ def test_smooth(device: str, dtype: torch.dtype, how: dict[str, Any]) -> None:
 
 
 @each_device
+@pytest.mark.parametrize("axis", [0, 1])
+def test_in_place(device: str, axis: int) -> None:
+    x = series(300, 700, dtype=f32, missing=True)
+    right, mine = ewma.smooth(x, half_life=30, axis=axis), x.to(device, copy=True)
+    assert ewma.smooth(mine, half_life=30, axis=axis, out=mine) is mine
+    torch.testing.assert_close(mine.cpu(), right, rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+@each_device
 @pytest.mark.parametrize("missing", [False, True])
 def test_its_gradient(device: str, missing: bool) -> None:
     made = []

@@ -189,6 +189,14 @@ def test_the_layout_in_memory_does_not_matter(shape: tuple[int, int, int], lay: 
     assert error(room, truth(x, None, 0.0, 0.1, True)) <= 1.01 * ROUNDING[f32]
 
 
+@each_shape
+def test_in_place(shape: tuple[int, int, int]) -> None:
+    x = normal(*shape, offset=1.0, dtype=f32)
+    right = smoothed(x, None, 0.0, 0.1, True)
+    triton_mean.mean(x, x, None, 0.0, 0.1, True)
+    assert torch.equal(x, right)
+
+
 def test_what_lies_between_is_not_written() -> None:
     room = torch.full((2, 80, 4), NAN, device=DEVICE)
     triton_mean.mean(normal(2, 40, 2, dtype=f32), room[:, ::2, ::2], None, 0.0, 0.1, True)

@@ -92,7 +92,8 @@ def sweep(
         return [first.pack(result.reshape(first.array.shape).to(first.floating)) for result in given]
     made = [empty(first.array, first.floating) if out is None else outs.check(first, out) for _ in range(results)]
     views = [array.reshape(shape) for array in made]
-    if made[0] is first.array or not _at_once(course, arrays[0], statistic, views, made[0] is not out):
+    over = made[0] is first.array and may_ask(first.array)  # on a device each value is read before it is written over
+    if over or not _at_once(course, arrays[0], statistic, views, made[0] is not out):
         _in_pieces(course, arrays, statistic, wanted, views)
     elif course.needed > 1:
         for view in views:

@@ -185,7 +185,7 @@ def mean(
     """Write the running mean of every series, from its first step on.
 
     Args:
-        x, out: of shape (outer, n, inner), of any floating dtype and layout, sharing no memory.
+        x, out: of shape (outer, n, inner), of any floating dtype and layout; sharing no memory, or one and the same.
         start: the means before the first step, in float64; or None, for each series' first finite value.
         held: what they weigh, in steps.
         lost: what each step takes from what was.
