@@ -107,11 +107,12 @@ def lerp(
 
     Args:
         values: tensors of one floating dtype on one device, of any layout, read at every call.
-        averages: K lists, each as long as values: dense float32, float64 or bfloat16 tensors of the values' shapes, all
-            of one dtype and on one device, laid out alike in all sets, written at every call.
+        averages: K lists, each as long as values: dense float32, float64, bfloat16 or float16 tensors of the values'
+            shapes, all of one dtype and on one device, laid out alike in all sets, written at every call.
         streams: an integer for each tensor that tells its random bits from the others'.
-        guard: a non-finite element of a value leaves its average alone and is counted. A NaN that is in an average now
-            marks an element that has seen nothing finite yet: it takes the first finite value whole.
+        guard: an element of a value that is not finite, or would not be as a number of the average's dtype, leaves its
+            average alone and is counted. A NaN that is in an average now marks an element that has seen nothing finite
+            yet: it takes the first finite value whole.
     """
     for several in zip(*averages, strict=True):
         if len({(average.dtype, average.device, average.stride()) for average in several}) > 1:

@@ -16,7 +16,7 @@ from ewma.kernels import foreach
 from ewma.kernels.layout import dense
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""What C calls them. Averages are of the first three; values of any other dtype are left to foreach."""
+"""What C calls them. Values of any other dtype are left to foreach."""
 
 
 HEADER, ROW = 4, 4
@@ -133,8 +133,8 @@ def _check_storage(tensor: Tensor, what: str) -> None:
 
 
 def _check_average(value: Tensor, average: Tensor) -> None:
-    if average.dtype not in DTYPES or average.dtype == torch.float16:
-        raise ValueError(f"expected averages of float32, float64 or bfloat16; got {average.dtype}")
+    if average.dtype not in DTYPES:
+        raise ValueError(f"expected averages of float32, float64, bfloat16 or float16; got {average.dtype}")
     if average.shape != value.shape:
         raise ValueError(f"expected an average of shape {list(value.shape)}; got {list(average.shape)}")
     if average.requires_grad:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ewma.kernels import Coefficient, Word
 from ewma.kernels.layout import dense, flat
-from ewma.kernels.noise import DROPPED, FIRST, GOLDEN, MASK, SECOND
+from ewma.kernels.noise import DROPPED, FIRST, GOLDEN, MASK, SECOND, SUBNORMAL, fits, lift_of
 
 BLOCK = 1 << 20
 CONVERTED_BLOCK = 1 << 19
@@ -104,7 +104,7 @@ class ForeachLerp:
             careful = self.guard and not block.tame()
             if careful:
                 for piece in (piece for values in block.together for piece in _pieces(values)):
-                    self.skipped = self.skipped + (~torch.isfinite(piece)).sum()
+                    self.skipped = self.skipped + (~fits(piece, block.dtype)).sum()
             values = block.values
             if values[0].dtype != block.dtype and None in words:
                 values = [value.to(block.dtype) for value in values]
@@ -114,7 +114,7 @@ class ForeachLerp:
                 elif careful:
                     for average, value in zip(averages, values, strict=True):
                         for piece, new in zip(_pieces(average), _pieces(value), strict=True):
-                            piece.copy_(carefully(piece, new, coefficient))
+                            piece.copy_(carefully(piece, new, coefficient, block.dtype))
                 elif isinstance(coefficient, Tensor):
                     coefficient = coefficient.to(averages[0])
                     for average, value in zip(averages, values, strict=True):
@@ -136,7 +136,7 @@ class ForeachLerp:
         device = averages[0].device
         if device not in self.rounding:
             largest = max(a.numel() for block in self.blocks for averages in block.averages for a in averages)
-            self.rounding[device] = Rounding(min(largest, ROUNDED_BLOCK), device)
+            self.rounding[device] = Rounding(min(largest, ROUNDED_BLOCK), device, self.guard)
         for average, value, (stream, first) in zip(averages, values, places, strict=True):
             pieces = zip(average.split(ROUNDED_BLOCK), value.split(ROUNDED_BLOCK), strict=True)
             for index, (piece, new) in enumerate(pieces):
@@ -170,11 +170,11 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return parts
 
 
-def carefully(average: Tensor, value: Tensor, coefficient: Coefficient) -> Tensor:
-    """The update where something may be non-finite: such an element is left out, an unseen one takes the value."""
+def carefully(average: Tensor, value: Tensor, coefficient: Coefficient, dtype: torch.dtype) -> Tensor:
+    """The update where a value may be no finite number of the dtype: it is left out, an unseen one takes the value."""
     if isinstance(coefficient, Tensor):
         coefficient = coefficient.to(average)
-    value = torch.where(torch.isfinite(value), value, average)
+    value = torch.where(fits(value, dtype), value, average)
     average = torch.where(torch.isnan(average), value, average)
     moved = torch.lerp(average, value, coefficient)
     split = average.mul_(1 - coefficient).add_(value.mul_(coefficient))  # where the difference is too large
@@ -256,7 +256,8 @@ def packs(sizes: list[int], most: int) -> Iterator[list[int]]:
 class Rounding:
     """Stochastic rounding in one block's worth of reused space; `noise.py` defines the bits and the rounding."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, guard: bool) -> None:
+        self.guard = guard
         self.ramp = (torch.arange(size, device=device) * GOLDEN).to(torch.int32)
         self.mixed, self.shifted = torch.empty_like(self.ramp), torch.empty_like(self.ramp)
         self.exact = torch.empty(size, dtype=torch.float64, device=device)
@@ -267,10 +268,14 @@ class Rounding:
         exact, new = self.exact[:n].copy_(average), self.new[:n].copy_(value)
         if careful:
             for part, fresh in zip(_pieces(exact), _pieces(new), strict=True):
-                part.copy_(carefully(part, fresh, coefficient))
+                part.copy_(carefully(part, fresh, coefficient, average.dtype))
         else:
             exact.lerp_(new, coefficient)
-        dropped = DROPPED[average.dtype]
+        dtype, dropped = average.dtype, DROPPED[average.dtype]
+        unrounded = exact.clone() if careful or not self.guard else None
+        lift = lift_of(exact, dtype) if dtype in SUBNORMAL else None
+        if lift is not None:
+            exact.add_(lift)
         bits, integers = self._bits(n, offset), exact.view(torch.int64)
         if dropped < 32:
             integers.add_(_shift_right(bits, 32 - dropped, self.shifted[:n]))
@@ -278,7 +283,12 @@ class Rounding:
             # bits * 2**13, the sign bit of the 32 bits being worth 2**31 rather than -2**31
             noise = self.new[:n].view(torch.int64).copy_(bits).bitwise_and_(MASK)
             integers.add_(noise.bitwise_left_shift_(dropped - 32))
-        average.copy_(integers.bitwise_right_shift_(dropped).bitwise_left_shift_(dropped).view(torch.float64))
+        integers.bitwise_right_shift_(dropped).bitwise_left_shift_(dropped)
+        if lift is not None:
+            exact.sub_(lift).copysign_(lift)
+        if unrounded is not None:  # what is beyond the largest number is rounded to the nearest
+            exact = torch.where(unrounded.abs() <= torch.finfo(dtype).max, exact, unrounded)
+        average.copy_(exact)
 
     def _bits(self, n: int, offset: Word) -> Tensor:
         """`noise.bits` in int32, where multiplication wraps around by itself."""

@@ -103,7 +103,7 @@ class Filter:
             self.skipped = self.skipped + (missing if taken is None else missing * taken)
         old = average.clone()
         if self.guard:
-            moved = carefully(old.clone(), value.clone(), coefficient)
+            moved = carefully(old.clone(), value.clone(), coefficient, old.dtype)
         else:
             moved = old.lerp(value, coefficient.to(old) if isinstance(coefficient, Tensor) else coefficient)
         average.copy_(moved if taken is None else torch.where(taken, moved, old))

@@ -39,17 +39,24 @@ typedef struct {
 #define LARGEST_FLOAT 0x7f7fffffu
 #define LARGEST_DOUBLE 0x7fefffffffffffffu
 
-INLINE void write_float(void *to, int i, float x, Dtype dtype)
+INLINE double largest_of(Dtype dtype)
 {
-    if (dtype == FLOAT32)
-        ((float *)to)[i] = x;
-    else
-        ((uint16_t *)to)[i] = bfloat_of(x);
+    return dtype == FLOAT32 ? FLT_MAX : dtype == FLOAT64 ? DBL_MAX : dtype == BFLOAT16 ? 0x1.fep127 : 0x1.ffcp15;
+}
+
+INLINE void write_double(void *to, int i, double x, Dtype dtype)
+{
+    switch (dtype) {
+    case FLOAT32: ((float *)to)[i] = (float)x; break;
+    case FLOAT64: ((double *)to)[i] = x; break;
+    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
+    default: ((uint16_t *)to)[i] = half_of((float)x);
+    }
 }
 
 /* The random bits and the rounding of noise.py. */
 
-enum { DROPPED_FLOAT32 = 29, DROPPED_BFLOAT16 = 45 };
+enum { DROPPED_FLOAT32 = 29, DROPPED_BFLOAT16 = 45, DROPPED_FLOAT16 = 42 };
 
 static const uint32_t GOLDEN = 0x9E3779B9;
 
@@ -67,9 +74,42 @@ INLINE float round_stochastically(double exact, uint32_t random, Dtype dtype)
     return (float)double_of((bits_of_double(exact) + noise) & ~(((uint64_t)1 << dropped) - 1));
 }
 
-/* The update of one block. Each of the three gives whether there are elements whose difference is too large or no
-   number; those it leaves as they are, for `carefully`. From c = 0.5 on it starts at the value, so that c = 1 gives the
-   value itself. */
+/* The same for float16, whose bits are a double's upper ones less the difference of the exponents. A subnormal number
+   is lifted to among the smallest normal ones, which have the same spacing, and its bits are put back. */
+INLINE uint32_t half_stochastically(double exact, uint32_t random)
+{
+    const double size = fabs(exact);
+    const int subnormal = size < 0x1p-14;
+    const uint64_t noise = (uint64_t)random << (DROPPED_FLOAT16 - 32);
+    const uint64_t bits = bits_of_double(subnormal ? size + 0x1p-14 : size) + noise;
+    const uint32_t sign = bits_of_double(exact) >> 48 & 0x8000;
+    return sign | ((uint32_t)(bits >> DROPPED_FLOAT16) - ((subnormal ? 1009u : 1008u) << 10));
+}
+
+/* An element that stays is written as it was. */
+INLINE void write_rounded(void *to, int i, double exact, uint32_t random, int stays, Dtype dtype)
+{
+    if (dtype == FLOAT16) {
+        uint16_t *halves = to;
+        halves[i] = stays ? halves[i] : (uint16_t)half_stochastically(exact, random);
+    }
+    else
+        write_double(to, i, stays ? read_float(to, i, dtype) : round_stochastically(exact, random, dtype), dtype);
+}
+
+/* The update of one block. Each of the three gives whether there are elements that it leaves as they are, for
+   `carefully`: those whose difference is too large or no number, and values that are no smaller than the largest number
+   of the average's kind. From c = 0.5 on it starts at the value, so that c = 1 gives the value itself. */
+
+INLINE uint32_t size_for(float value, float old, Dtype average_dtype, Dtype value_dtype)
+{
+    const uint32_t difference = bits_of_float(value - old) & INT32_MAX;
+    if (largest_of(value_dtype) <= largest_of(average_dtype))
+        return difference;
+    const uint32_t limit = bits_of_float((float)largest_of(average_dtype));
+    const uint32_t size = (bits_of_float(value) & INT32_MAX) + (LARGEST_FLOAT + 1 - limit);
+    return size > difference ? size : difference;
+}
 
 INLINE int nearest_in_float(
     void *restrict averages, const void *restrict values, int n, double c, Dtype average_dtype, Dtype value_dtype)
@@ -81,9 +121,9 @@ INLINE int nearest_in_float(
     for (int i = 0; i < n; i++) {
         const float value = read_float(values, i, value_dtype), old = read_float(averages, i, average_dtype);
         const float difference = value - old, moved = (near ? value : old) + factor * difference;
-        const uint32_t size = bits_of_float(difference) & 0x7fffffff;
+        const uint32_t size = size_for(value, old, average_dtype, value_dtype);
         largest = size > largest ? size : largest;
-        write_float(averages, i, size > LARGEST_FLOAT ? old : moved, average_dtype);
+        write_double(averages, i, size > LARGEST_FLOAT ? old : moved, average_dtype);
     }
     return largest > LARGEST_FLOAT;
 }
@@ -116,12 +156,19 @@ INLINE int stochastic(
         const float narrow = read_float(values, i, value_dtype), old = read_float(averages, i, average_dtype);
         const double value = read_double(values, i, value_dtype);
         const double moved = (near ? value : (double)old) + factor * (value - (double)old);
-        const uint32_t size = bits_of_float(narrow - old) & 0x7fffffff;
+        const uint32_t size = size_for(narrow, old, average_dtype, value_dtype);
         largest = size > largest ? size : largest;
-        const float rounded = round_stochastically(moved, mix(place), average_dtype);
-        write_float(averages, i, size > LARGEST_FLOAT ? old : rounded, average_dtype);
+        write_rounded(averages, i, moved, mix(place), size > LARGEST_FLOAT, average_dtype);
     }
     return largest > LARGEST_FLOAT;
+}
+
+/* Whether it is a finite number of this kind, rounded to the nearest. */
+static int fits(double x, Dtype dtype)
+{
+    union { double d; float f; uint16_t u; } nearest;
+    write_double(&nearest, 0, x, dtype);
+    return isfinite(read_double(&nearest, 0, dtype));
 }
 
 /* The elements that the fast loops left. A value that is no finite number of the average's kind stays out; an average
@@ -134,25 +181,26 @@ static size_t carefully(
     size_t skipped = 0;
     for (int i = 0; i < n; i++) {
         const double value = read_double(values, i, update->value_dtype), old = read_double(averages, i, dtype);
-        const double difference = value - old, fits = dtype == FLOAT64 ? value : (double)(float)value;
-        if (isfinite(dtype == FLOAT64 ? difference : (double)((float)value - (float)old)))
+        const double difference = value - old;
+        if (dtype == FLOAT64 ? isfinite(difference)
+                             : size_for((float)value, (float)old, dtype, update->value_dtype) <= LARGEST_FLOAT)
             continue;
-        if (update->guard && !isfinite(fits)) {
+        if (update->guard && !fits(value, dtype)) {
             skipped++;
             continue;
         }
         const double kept = c == 1.0 && isinf(old) ? 0.0 : (1.0 - c) * old;
-        double result = isfinite(difference) ? old + c * difference : kept + c * value;
+        double result = !isfinite(difference) ? kept + c * value
+            : c >= 0.5                        ? value + (c - 1.0) * difference
+                                              : old + c * difference;
         if (update->guard && isnan(old))
             result = value;
         if (isnan(result))
             result = NAN; /* a payload might be rounded into a number */
-        if (dtype == FLOAT64)
-            ((double *)averages)[i] = result;
-        else if (set->rounded)
-            write_float(averages, i, round_stochastically(result, mix((uint32_t)i * GOLDEN + offset), dtype), dtype);
+        if (set->rounded && fabs(result) <= largest_of(dtype))
+            write_rounded(averages, i, result, mix((uint32_t)i * GOLDEN + offset), 0, dtype);
         else
-            write_float(averages, i, (float)result, dtype);
+            write_double(averages, i, result, dtype);
     }
     return skipped;
 }
@@ -274,7 +322,8 @@ INLINE size_t lerp_dtypes(const Update *update, uint64_t start, uint64_t stop)
     switch (update->average_dtype) {
     case FLOAT32: BY_VALUE(FLOAT32)
     case FLOAT64: BY_VALUE(FLOAT64)
-    default: BY_VALUE(BFLOAT16)
+    case BFLOAT16: BY_VALUE(BFLOAT16)
+    default: BY_VALUE(FLOAT16)
     }
 }
 
@@ -386,7 +435,7 @@ static PyObject *py_lerp(PyObject *module, PyObject *arguments)
     const size_t length = (size_t)table.len / sizeof(uint64_t);
     const size_t sets = length >= HEADER ? (size_t)header[0] : 0, width = sizeof(Row) / sizeof(uint64_t) + sets;
     Update *update = NULL;
-    if (sets == 0 || (length - HEADER) % width || header[1] > FLOAT16 || header[2] > BFLOAT16) {
+    if (sets == 0 || (length - HEADER) % width || header[1] > FLOAT16 || header[2] > FLOAT16) {
         PyErr_SetString(PyExc_ValueError, "this is no table of _native.lerp");
         goto done;
     }

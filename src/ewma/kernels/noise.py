@@ -17,8 +17,11 @@ MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
 
-DROPPED = {torch.float32: 29, torch.bfloat16: 45}
+DROPPED = {torch.float32: 29, torch.bfloat16: 45, torch.float16: 42}
 """How many of float64's 52 mantissa bits each dtype has no room for."""
+
+SUBNORMAL = {torch.float16: 2.0**-14}
+"""Below what a dtype's numbers are subnormal, where that is not too small to matter."""
 
 
 def mix(x: Any) -> Any:
@@ -46,9 +49,23 @@ def bits(elements: Tensor, word: Any, stream: int) -> Tensor:
 def round_stochastically(exact: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """float64 to `dtype`, up or down with the probability that keeps the expectation exact.
 
-    The random bits are added below the last bit that `dtype` keeps, and what is below is cut off. (Subnormal results,
-    below 1e-38, are rounded to nearest.)
+    The random bits are added below the last bit that `dtype` keeps, and what is below is cut off. Rounded to nearest are
+    what is beyond the largest number, so that nothing becomes infinite by chance; and subnormal float32 and bfloat16.
     """
     dropped = DROPPED[dtype]
     noise = bits >> (32 - dropped) if dropped < 32 else bits << (dropped - 32)
-    return (((exact.view(torch.int64) + noise) >> dropped) << dropped).view(torch.float64).to(dtype)
+    lift = lift_of(exact, dtype)
+    cut = (((exact + lift).view(torch.int64) + noise >> dropped) << dropped).view(torch.float64)
+    rounded = torch.copysign(cut - lift, exact)
+    return torch.where(exact.abs() <= torch.finfo(dtype).max, rounded, exact).to(dtype)
+
+
+def lift_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """What brings subnormal numbers to among the smallest normal ones, which have the same spacing; else 0."""
+    smallest = SUBNORMAL.get(dtype, 0.0)
+    return torch.where(exact.abs() < smallest, smallest, 0.0).copysign(exact)
+
+
+def fits(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which elements are finite as numbers of `dtype`, rounded to nearest."""
+    return torch.isfinite(value.to(dtype))

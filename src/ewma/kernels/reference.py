@@ -25,7 +25,7 @@ class ReferenceLerp:
     def __call__(self, coefficients: Sequence[Coefficient], words: Sequence[Word | None]) -> None:
         for index, value in enumerate(self.values):
             if self.guard:
-                self.skipped += int((~torch.isfinite(value.double())).sum())
+                self.skipped += int((~noise.fits(value, self.averages[0][index].dtype)).sum())
             for averages, coefficient, word in zip(self.averages, coefficients, words, strict=True):
                 self._update(averages[index], value, coefficient, word, self.streams[index])
 
@@ -35,7 +35,7 @@ class ReferenceLerp:
         result = torch.where(torch.isfinite(new - old), result, (1 - coefficient) * old + coefficient * new)
         if self.guard:
             result = torch.where(torch.isnan(old), new, result)
-            result = torch.where(torch.isfinite(new), result, old)
+            result = torch.where(noise.fits(new, average.dtype), result, old)
         if word is None:
             average.copy_(result)
         else:

@@ -25,7 +25,7 @@ from ewma.kernels.triton_numbers import (
     check,
     coded,
     count,
-    finite,
+    fits,
     halves,
     launch,
     moved,
@@ -85,7 +85,7 @@ def _block(
     elements = first.to(tl.uint32) + offsets.to(tl.uint32)
     stream = tl.load(row + 2).to(tl.uint32)
     value = read(pointer(tl.load(row), first, VALUE, FULL), offsets, inside, VALUE, FULL)
-    usable = finite(value.to(NARROW))
+    usable = fits(value.to(NARROW), AVERAGE)
     if GUARD:
         count(skipped, inside & ~usable)
     for k in tl.static_range(SETS):

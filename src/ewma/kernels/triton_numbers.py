@@ -23,9 +23,14 @@ WARPS = 8
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 GOLDEN, FIRST, SECOND = (tl.constexpr(factor) for factor in (noise.GOLDEN, noise.FIRST, noise.SECOND))
-DROPPED_FLOAT32, DROPPED_BFLOAT16 = (tl.constexpr(noise.DROPPED[each]) for each in (torch.float32, torch.bfloat16))
-NAN_BITS = tl.constexpr(0x7FF8 << 48)
+ROUNDED = torch.float32, torch.bfloat16, torch.float16
+DROPPED_FLOAT32, DROPPED_BFLOAT16, DROPPED_FLOAT16 = (tl.constexpr(noise.DROPPED[each]) for each in ROUNDED)
+LARGEST_FLOAT32, LARGEST_BFLOAT16, LARGEST_FLOAT16 = (tl.constexpr(torch.finfo(each).max) for each in ROUNDED)
+SUBNORMAL_FLOAT16 = tl.constexpr(noise.SUBNORMAL[torch.float16])
+SIZE = tl.constexpr((1 << 63) - 1)
 INFINITY = tl.constexpr(float("inf"))
+INFINITE_BFLOAT16, INFINITE_FLOAT16 = tl.constexpr(2.0**128 - 2.0**119), tl.constexpr(65520.0)
+"""What is rounded to infinity, from there on."""
 
 
 @triton.jit
@@ -106,6 +111,14 @@ def finite(x):
 
 
 @triton.jit
+def fits(x, DTYPE: tl.constexpr):
+    """`noise.fits`, of float32; or of float64 for averages in float64."""
+    wide: tl.constexpr = INFINITE_BFLOAT16 if DTYPE == tl.bfloat16 else INFINITY
+    limit: tl.constexpr = INFINITE_FLOAT16 if DTYPE == tl.float16 else wide
+    return tl.abs(x) < limit
+
+
+@triton.jit
 def count(total, which):
     """Add how many there are to an int64, which few programs ever touch."""
     several = tl.sum(which.to(tl.int32), 0)
@@ -134,15 +147,25 @@ def mix(x):
 
 @triton.jit
 def rounded(exact, elements, offset, DTYPE: tl.constexpr):
-    """`noise.round_stochastically`, by the bits of these elements. A payload might be rounded into a number."""
+    """`noise.round_stochastically`, by the bits of these elements."""
     random = mix(tl.add(tl.mul(elements, GOLDEN, sanitize_overflow=False), offset, sanitize_overflow=False))
-    dropped: tl.constexpr = DROPPED_BFLOAT16 if DTYPE == tl.bfloat16 else DROPPED_FLOAT32
+    narrow: tl.constexpr = DROPPED_BFLOAT16 if DTYPE == tl.bfloat16 else DROPPED_FLOAT16
+    dropped: tl.constexpr = DROPPED_FLOAT32 if DTYPE == tl.float32 else narrow
     if dropped < 32:
         drawn = (random >> (32 - dropped)).to(tl.int64)
     else:
         drawn = random.to(tl.int64) << (dropped - 32)
-    bits = ((exact.to(tl.int64, bitcast=True) + drawn) >> dropped) << dropped
-    return tl.where(exact == exact, bits, NAN_BITS).to(tl.float64, bitcast=True).to(tl.float32)
+    bits = exact.to(tl.int64, bitcast=True)
+    size = (bits & SIZE).to(tl.float64, bitcast=True)
+    if DTYPE == tl.float16:
+        lift = tl.where(size < SUBNORMAL_FLOAT16, SUBNORMAL_FLOAT16, 0.0).to(tl.float64)
+        lifted = (((size + lift).to(tl.int64, bitcast=True) + drawn) >> dropped) << dropped
+        cut = (lifted.to(tl.float64, bitcast=True) - lift).to(tl.int64, bitcast=True) | (bits & ~SIZE)
+        largest: tl.constexpr = LARGEST_FLOAT16
+    else:
+        cut = ((bits + drawn) >> dropped) << dropped
+        largest: tl.constexpr = LARGEST_BFLOAT16 if DTYPE == tl.bfloat16 else LARGEST_FLOAT32
+    return tl.where(size <= largest, cut, bits).to(tl.float64, bitcast=True).to(tl.float32)
 
 
 def interpreted() -> bool:
