@@ -32,12 +32,12 @@ KERNELS = [
     pytest.param(lent, id="triton", marks=pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))),
 ]
 VALUES = [f8, f16, bf16, f32, f64]
-WAYS = [(bf16, None), (bf16, 5), (f32, None), (f32, 5), (f64, None)]
+WAYS = [(f16, None), (f16, 5), (bf16, None), (bf16, 5), (f32, None), (f32, 5), (f64, None)]
 """Dtype of the averages, and the word of the random bits; float64 is rounded to nearest only."""
 SIZES = [0, 1, 2, 63, 1000, 16323, 40000, foreach.BLOCK + 4321]
-TOLERANCE = {f64: 4 * 2.0**-53, f32: 4 * 2.0**-24, bf16: 4 * 2.0**-9}
+TOLERANCE = {f64: 4 * 2.0**-53, f32: 4 * 2.0**-24, bf16: 4 * 2.0**-9, f16: 4 * 2.0**-12}
 """Of the larger of average and value: a few roundings to nearest."""
-INTEGERS = {f64: torch.int64, f32: torch.int32, bf16: torch.int16}
+INTEGERS = {f64: torch.int64, f32: torch.int32, bf16: torch.int16, f16: torch.int16}
 
 
 def name_of(x: Any) -> str:
@@ -51,7 +51,7 @@ def name_of(x: Any) -> str:
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=name_of)
 each_value = pytest.mark.parametrize("value_dtype", VALUES, ids=name_of)
 each_way = pytest.mark.parametrize("way", WAYS, ids=name_of)
-each_rounded = pytest.mark.parametrize("dtype", [bf16, f32], ids=name_of)
+each_rounded = pytest.mark.parametrize("dtype", [f16, bf16, f32], ids=name_of)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -197,7 +197,7 @@ def test_a_coefficient_in_a_tensor_equals_the_float(kernel: ModuleType, way: Any
         value, old = normal(size), normal(size, dtype=dtype, seed=1)
         value[0] = poison
         one, other = (updated(kernel, value, old, each, drawn) for each in (c, torch.tensor(c, dtype=f64)))
-        if way == (bf16, None):  # the tensor is rounded to bfloat16 first
+        if way in ((f16, None), (bf16, None)):  # the tensor is rounded to the average's dtype first
             assert_near(other, one.double(), old, value.nan_to_num())
         else:
             assert torch.equal(one, other)
@@ -255,7 +255,7 @@ def test_the_bits_go_by_the_element_in_however_many_blocks(
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("drawn", [0, word(1, 2), 2**31, 2**32 - 1])
 def test_foreachs_bits_are_the_defined_ones(drawn: int, as_tensor: bool) -> None:
-    rounding = foreach.Rounding(1000, torch.device("cpu"))
+    rounding = foreach.Rounding(1000, torch.device("cpu"), True)
     for stream, first in itertools.product((0, 2**31 + 5, 2**32 - 1), (0, 1, foreach.ROUNDED_BLOCK, 2**31 + 1)):
         offset = (torch.tensor(drawn) if as_tensor else drawn) + stream + first * noise.GOLDEN
         expected = noise.bits(torch.arange(first, first + 1000), drawn, stream)
@@ -330,15 +330,20 @@ def test_tiny_updates_of_float32_never_arrive_where_rounded_to_nearest(kernel: M
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:3], ids=name_of)
-def test_4_000_small_updates_of_bfloat16_arrive(kernel: ModuleType) -> None:
-    value, average = torch.full((20_000,), 2.0, dtype=bf16), torch.ones(20_000, dtype=bf16)
+@pytest.mark.parametrize(
+    ("dtype", "size", "start", "end"), [(bf16, 20_000, 1.0, 2.0), (f16, 2_000, 1.0, 2.0), (f16, 2_000, 0.0, 1e-5)]
+)
+def test_4_000_small_updates_in_16_bits_arrive(
+    kernel: ModuleType, dtype: torch.dtype, size: int, start: float, end: float
+) -> None:
+    value, average = torch.full((size,), end), torch.full((size,), start, dtype=dtype)
     lerp = kernel.lerp([value], [[average]], [11], True)
     for count in range(4_000):
         lerp([1e-4], [word(0, count)])
-    moved = -math.expm1(4_000 * math.log1p(-1e-4))
-    assert average.double().mean().item() - 1 == pytest.approx(moved, rel=0.01)
+    moved = -math.expm1(4_000 * math.log1p(-1e-4)) * (end - start)
+    assert average.double().mean().item() - start == pytest.approx(moved, rel=0.01)
     lerp([1e-4], [None])
-    assert average.double().mean().item() - 1 == pytest.approx(moved, rel=0.01)
+    assert average.double().mean().item() - start == pytest.approx(moved, rel=0.01)
 
 
 # Layouts
@@ -474,7 +479,7 @@ def test_without_the_guard_everything_propagates(kernel: ModuleType, way: Any) -
 @pytest.mark.parametrize("size", [63, 70_000])
 def test_values_whose_squares_overflow_are_averaged_and_not_counted(kernel: ModuleType, way: Any, size: int) -> None:
     dtype, drawn = way
-    scale = 1e200 if dtype == f64 else 1e30
+    scale = {f64: 1e200, f16: 1e3}.get(dtype, 1e30)
     value, old = normal(size, dtype=f64).mul(scale).to(dtype), normal(size, dtype=dtype, seed=1)
     average = old.clone()
     assert update(kernel, value, average, 0.3, drawn) == 0
@@ -486,12 +491,65 @@ def test_values_whose_squares_overflow_are_averaged_and_not_counted(kernel: Modu
 @pytest.mark.parametrize("c", [0.3, 0.5, 0.7, 1e-4, 1.0])
 def test_opposite_values_near_the_largest_number_do_not_overflow(kernel: ModuleType, way: Any, c: float) -> None:
     dtype, drawn = way
-    huge = 1.7e308 if dtype == f64 else 3e38
+    huge = {f64: 1.7e308, f16: 6e4}.get(dtype, 3e38)
     value, old = torch.tensor([huge, -huge], dtype=dtype), torch.tensor([-huge, huge], dtype=dtype)
     average = old.clone()
     assert update(kernel, value, average, c, drawn) == 0
     expected = old.double() * (1 - c) + value.double() * c
     assert_near(average, expected, old, value)
+
+
+def about_the_largest(dtype: torch.dtype) -> Tensor:
+    """The largest number, what is rounded to it, what is rounded to infinity, and what is far beyond."""
+    largest, below = torch.finfo(dtype).max, torch.nextafter(torch.tensor(INF, dtype=dtype), torch.tensor(0.0).to(dtype))
+    step = largest - torch.nextafter(below, torch.zeros_like(below)).item()
+    return torch.tensor([largest, largest + 0.49 * step, largest + 0.5 * step, 2 * largest, 1e200], dtype=f64)
+
+
+each_narrow = pytest.mark.parametrize("way", WAYS[:-1], ids=name_of)
+
+
+@each_kernel
+@each_narrow
+@pytest.mark.parametrize("c", [1e-4, 0.3, 0.7, 1.0])
+def test_a_value_that_is_infinite_in_the_averages_dtype_stays_out(kernel: ModuleType, way: Any, c: float) -> None:
+    (dtype, drawn), value = way, about_the_largest(way[0]).repeat(20)
+    old = torch.linspace(-1, 1, 100).to(dtype)
+    for signed in (value, -value):
+        average = old.clone()
+        assert update(kernel, signed, average, c, drawn) == 60
+        stays = ~noise.fits(signed, dtype)
+        assert stays.tolist() == 20 * [False, False, True, True, True]
+        assert torch.equal(average[stays], old[stays])
+        assert_updated(average[~stays], old[~stays], signed[~stays].clamp(-signed[0].abs(), signed[0].abs()), c, None)
+
+
+@each_kernel
+@each_narrow
+@pytest.mark.parametrize("value_dtype", [bf16, f32, f64], ids=name_of)
+def test_what_finite_values_average_to_is_finite(kernel: ModuleType, way: Any, value_dtype: torch.dtype) -> None:
+    """Also where a value between the largest number and infinity would be rounded up."""
+    (dtype, drawn), value = way, about_the_largest(way[0])[:2].to(value_dtype)
+    value = torch.where(noise.fits(value, dtype), value, torch.zeros_like(value))
+    value = torch.cat([value, -value]).repeat(500)
+    largest = torch.finfo(dtype).max
+    average = torch.tensor([largest, -largest]).to(dtype).repeat_interleave(1000)
+    lerp = kernel.lerp([value], [[average]], [11], True)
+    for count, c in enumerate([0.4] * 5 + [1.0]):
+        lerp([c], [drawn if drawn is None else word(0, count)])
+        assert average.isfinite().all()
+    assert torch.equal(average, value.double().clamp(-largest, largest).to(dtype))
+    assert int(lerp.skipped) == 0
+
+
+@each_kernel
+@each_narrow
+def test_without_the_guard_what_is_too_large_is_not_finite(kernel: ModuleType, way: Any) -> None:
+    (dtype, drawn), value = way, about_the_largest(way[0])
+    average = torch.zeros(5, dtype=dtype)
+    update(kernel, value, average, 1.0, drawn, guard=False)
+    assert average[:2].tolist() == 2 * [torch.finfo(dtype).max]
+    assert not average[2:].isfinite().any()
 
 
 @each_kernel

@@ -11,7 +11,7 @@ from torch import Tensor
 from ewma.kernels import noise
 from ewma.kernels.noise import word
 
-ROUNDED = [torch.float32, torch.bfloat16]
+ROUNDED = [torch.float32, torch.bfloat16, torch.float16]
 MANY = 1 << 18
 EDGES = [0, 1, 2, 1 << 15, 1 << 16, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
 
@@ -128,18 +128,22 @@ def test_words_of_successive_updates_all_differ() -> None:
     assert words.unique().numel() >= 100_000 - 12  # two of 1e5 in 2**32 coincide 1.2 times on average
 
 
-def numbers(dtype: torch.dtype) -> Tensor:
+MAGNITUDES = {torch.float32: (-30, 30), torch.bfloat16: (-30, 30), torch.float16: (-8, 4)}
+"""Of numbers, as powers of ten."""
+
+
+def numbers(dtype: torch.dtype, magnitudes: tuple[int, int]) -> Tensor:
     """Of all magnitudes and both signs, and the special ones."""
-    finfo, magnitudes = torch.finfo(dtype), 10 ** torch.linspace(-30, 30, 100_000)
+    finfo, scales = torch.finfo(dtype), 10 ** torch.linspace(*magnitudes, 100_000)
     special = [0.0, -0.0, 1, -1, finfo.max, finfo.min, finfo.tiny, -finfo.tiny, math.inf, -math.inf]
     normal = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
-    return torch.cat([(normal * magnitudes).to(dtype), torch.tensor(special, dtype=dtype)])
+    return torch.cat([(normal * scales).to(dtype), torch.tensor(special, dtype=dtype)])
 
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("drawn", [0, noise.MASK, None])
 def test_numbers_that_need_no_rounding_never_change(dtype: torch.dtype, drawn: int | None) -> None:
-    x = numbers(dtype)
+    x = numbers(dtype, MAGNITUDES[dtype])
     words = random_words(x.numel()) if drawn is None else torch.full(x.shape, drawn)
     rounded = noise.round_stochastically(x.double(), dtype, words)
     assert rounded.dtype == dtype
@@ -163,7 +167,7 @@ def test_nan_stays_nan(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("drawn", [0, noise.MASK, None])
 def test_the_result_is_one_of_the_two_neighbours(dtype: torch.dtype, drawn: int | None) -> None:
-    x = numbers(torch.float32).double()[:100_000] * (1 + 1e-9)
+    x = numbers(torch.float32, MAGNITUDES[dtype]).double()[:100_000] * (1 + 1e-9)
     words = random_words(x.numel()) if drawn is None else torch.full(x.shape, drawn)
     rounded = noise.round_stochastically(x, dtype, words)
     beyond = torch.nextafter(rounded, torch.copysign(torch.tensor(math.inf), x - rounded.double()).to(dtype)).double()
@@ -173,13 +177,46 @@ def test_the_result_is_one_of_the_two_neighbours(dtype: torch.dtype, drawn: int 
         assert towards_zero.all() if drawn == 0 else (~towards_zero).all()
 
 
-@pytest.mark.parametrize("dtype", ROUNDED)
+BELOW = {
+    torch.float32: [1.0, -1.0, 1.9921875, -3e30, 2.0**-126],
+    torch.bfloat16: [1.0, -1.0, 1.9921875, -3e30, 2.0**-126, 254 * 2.0**120],
+    torch.float16: [1.0, -1.0, 1.9921875, -3e4, 65472.0, 2.0**-14, 2.0**-14 - 2.0**-24, -(2.0**-20), 2.0**-24, 0.0, -0.0],
+}
+
+
+@pytest.mark.parametrize(("dtype", "start"), [(dtype, start) for dtype in ROUNDED for start in BELOW[dtype]])
 @pytest.mark.parametrize("share", [0.0, 1e-3, 0.25, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("start", [1.0, -1.0, 1.9921875, -3e30, 2.0**-126])
-def test_the_share_that_goes_up_is_the_distance_to_below(dtype: torch.dtype, share: float, start: float) -> None:
+def test_the_share_that_goes_up_is_the_distance_to_below(dtype: torch.dtype, start: float, share: float) -> None:
     low = torch.tensor(start, dtype=dtype)
-    high = torch.nextafter(low, low * 2)
+    high = torch.nextafter(low, torch.tensor(math.copysign(math.inf, start), dtype=dtype))
     exact = torch.lerp(low.double(), high.double(), share).repeat(1 << 16)
     rounded = noise.round_stochastically(exact, dtype, torch.arange(1 << 16) << 16)
     assert set(rounded.tolist()) <= {low.item(), high.item()}
     assert (rounded == high).double().mean().item() == pytest.approx(share, abs=2**-16)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_on_average_over_many_seeds_nothing_is_lost(dtype: torch.dtype) -> None:
+    """However small beside the spacing, which float16 has in steps of 6e-8 even at 0."""
+    for exact in (1e-9, -1e-9, 4e-8, 1e-7, -3.3e-6, 6.102e-5, 6.2e-5, 0.1, -1.0003, 1 + 2.0**-40, 2e4 / 3, 65503.0):
+        draws = noise.round_stochastically(torch.full((MANY,), exact, dtype=torch.float64), dtype, bits(n=MANY)).double()
+        assert draws.mean().item() == pytest.approx(exact, abs=6 * draws.std().item() / math.sqrt(MANY), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_beyond_the_largest_number_it_is_rounded_to_the_nearest(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    step = largest - torch.nextafter(torch.tensor(largest, dtype=dtype), torch.tensor(0.0, dtype=dtype)).item()
+    for share, expected in ((0.0, largest), (2.0**-20, largest), (0.49, largest), (0.51, math.inf), (1.0, math.inf)):
+        for exact, right in ((largest + share * step, expected), (-largest - share * step, -expected)):
+            rounded = noise.round_stochastically(torch.full((1000,), exact, dtype=torch.float64), dtype, bits(n=1000))
+            assert set(rounded.tolist()) == {right}
+            assert noise.fits(rounded.new_tensor(exact, dtype=torch.float64), dtype) == math.isfinite(right)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED[1:])
+def test_of_all_numbers_in_16_bits_none_changes(dtype: torch.dtype) -> None:
+    x = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    x = x[~x.isnan()]
+    rounded = noise.round_stochastically(x.double(), dtype, random_words(x.numel()))
+    assert torch.equal(rounded.view(torch.int16), x.view(torch.int16))

@@ -21,10 +21,10 @@ if TRITON_MISSING:
 
 from ewma.kernels import triton, triton_filter, triton_numbers
 
-bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+bf16, f16, f32, f64, f8 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn
 NAN, INF = float("nan"), float("inf")
 DTYPES = [f32, f64, bf16, f16]
-BITS = {f32: torch.int32, f64: torch.int64, bf16: torch.int16}
+BITS = {f32: torch.int32, f64: torch.int64, bf16: torch.int16, f16: torch.int16}
 DEVICE = lent.DEVICE
 on_a_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="there is no GPU")
 
@@ -46,6 +46,11 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(BITS[one.dtype]), other.view(BITS[one.dtype]))
 
 
+LARGEST = [torch.finfo(dtype).max for dtype in (f16, bf16, f32)]
+LARGE = torch.tensor([sign * x * (1 + 2.0**-n) for sign in (1, -1) for n in (100, 13, 1) for x in LARGEST], dtype=f64)
+"""The largest numbers, a little more, and much more."""
+
+
 @pytest.mark.skipif(NATIVE_MISSING is not None, reason=str(NATIVE_MISSING))
 @pytest.mark.parametrize("value_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", BITS, ids=str)
@@ -56,6 +61,8 @@ def test_every_bit_is_the_compiled_kernels(value_dtype: torch.dtype, dtype: torc
     words = [None] * 4 if dtype == f64 else [None, 5, 2**32 - 1, None]
     values = [numbers(size, value_dtype, 1 + number) for number, size in enumerate(sizes)]
     values[3][[0, 5, 9]] = torch.tensor([NAN, INF, -INF]).to(value_dtype)
+    if guard:
+        values[4][: len(LARGE)] = LARGE.to(value_dtype)
     old = [[numbers(size, dtype, 10 * k + number) for number, size in enumerate(sizes)] for k in range(4)]
     for averages in old:
         averages[4][::7] = NAN
@@ -68,7 +75,7 @@ def test_every_bit_is_the_compiled_kernels(value_dtype: torch.dtype, dtype: torc
         results.append(([average for averages in new for average in averages], int(lerp.skipped)))
     (right, right_skipped), (got, skipped) = results
     assert all(map(same_bits, got, right))
-    assert skipped == right_skipped == 3 * guard
+    assert skipped == right_skipped == guard * sum(int((~noise.fits(value, dtype)).sum()) for value in values)
 
 
 @pytest.mark.parametrize("first", [2**31 - 1000, 2**31, 2**32, 5 * 10**9])
@@ -152,7 +159,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         torch.zeros(3, device="meta"),
         "strided tensors on a CUDA device .*meta",
     ),
-    "float16 averages": (torch.ones(3), torch.zeros(3, dtype=f16), "expected averages of float32, float64 or bfloat16"),
+    "float8 averages": (torch.ones(3), torch.zeros(3).to(f8), "averages of float32, float64, bfloat16 or float16"),
     "shape": (torch.ones(3), torch.zeros(4), r"expected an average of shape \[3\]; got \[4\]"),
     "holes": (torch.ones(3), torch.zeros(6)[::2], "expected dense averages"),
     "gradient": (torch.ones(3), torch.zeros(3, requires_grad=True), "expected averages that need no gradient"),
@@ -285,10 +292,12 @@ def test_no_device_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"capturable": True}, {"dtype": bf16}, {"dtype": bf16, "capturable": True}], ids=str
+    "options",
+    [{}, {"capturable": True}, {"dtype": bf16}, {"dtype": bf16, "capturable": True}, {"dtype": f16}],
+    ids=str,
 )
 def test_a_model_is_averaged_as_by_torch(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    """bfloat16 to the last bit, since both draw the same."""
+    """16 bits to the last one, since both draw the same."""
     averages = []
     for kernel in ("triton", "foreach"):
         monkeypatch.setenv("EWMA_KERNEL", kernel)
@@ -351,7 +360,7 @@ def lerp(value, average, coefficients, words):
     triton.lerp(values, averages, [1], True)(coefficients, words)
     return ahead.made[-1]
 
-for value, average, word in ((f32, f32, None), (bf16, f32, None), (bf16, bf16, 5), (f16, f64, None), (f64, f32, 5)):
+for value, average, word in ((f32, f32, None), (bf16, f32, None), (bf16, bf16, 5), (f32, f16, 5), (f16, f64, None), (f64, f32, 5)):
     lerp(value, average, [.3], [word])
     assert not ahead.count("fma"), "operations are fused"
     assert not ahead.count("ftz"), "small numbers are flushed"

@@ -302,7 +302,7 @@ def _stream(named: Named) -> int:
 def _stalls(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: float) -> bool:
     """Whether an average of this dtype would stall at this coefficient, were it rounded to nearest."""
     if dtype != torch.float32:
-        return dtype == torch.bfloat16
+        return dtype in (torch.bfloat16, torch.float16)
     if isinstance(coefficient, float):
         return coefficient < ROUNDED_BELOW
     # Only the device knows the coefficient: go by the smallest that it can come to.

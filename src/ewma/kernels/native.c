@@ -44,16 +44,6 @@ INLINE double largest_of(Dtype dtype)
     return dtype == FLOAT32 ? FLT_MAX : dtype == FLOAT64 ? DBL_MAX : dtype == BFLOAT16 ? 0x1.fep127 : 0x1.ffcp15;
 }
 
-INLINE void write_double(void *to, int i, double x, Dtype dtype)
-{
-    switch (dtype) {
-    case FLOAT32: ((float *)to)[i] = (float)x; break;
-    case FLOAT64: ((double *)to)[i] = x; break;
-    case BFLOAT16: ((uint16_t *)to)[i] = bfloat_of((float)x); break;
-    default: ((uint16_t *)to)[i] = half_of((float)x);
-    }
-}
-
 /* The random bits and the rounding of noise.py. */
 
 enum { DROPPED_FLOAT32 = 29, DROPPED_BFLOAT16 = 45, DROPPED_FLOAT16 = 42 };
