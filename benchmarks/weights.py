@@ -228,8 +228,8 @@ def _gpt2(rounds: int, peers: bool) -> Table:
 
 
 def _bfloat16(rounds: int, peers: bool) -> Table:
-    title = "ResNet-50, bfloat16 averages of bfloat16 weights"
-    bf16 = torch.bfloat16
+    title = "ResNet-50, bfloat16 averages of bfloat16 weights; float16, as many bytes"
+    bf16, f16 = torch.bfloat16, torch.float16
     if limit.compiled() is None:
         return Table(title, "ms", left_out={"all": "its limit needs a C compiler"})
     contenders = {
@@ -238,6 +238,7 @@ def _bfloat16(rounds: int, peers: bool) -> Table:
         "ModelEMA(dtype=torch.bfloat16), EWMA_KERNEL=foreach": ours(
             model_of(resnet50(), bf16), dtype=bf16, kernel="foreach"
         ),
+        "ModelEMA(dtype=torch.float16)": ours(model_of(resnet50(), f16), dtype=f16),
     }
     return table(title, contenders, rounds, _others(peers, resnet50(), bf16))
 

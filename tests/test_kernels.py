@@ -501,7 +501,10 @@ def test_opposite_values_near_the_largest_number_do_not_overflow(kernel: ModuleT
 
 def about_the_largest(dtype: torch.dtype) -> Tensor:
     """The largest number, what is rounded to it, what is rounded to infinity, and what is far beyond."""
-    largest, below = torch.finfo(dtype).max, torch.nextafter(torch.tensor(INF, dtype=dtype), torch.tensor(0.0).to(dtype))
+    largest, below = (
+        torch.finfo(dtype).max,
+        torch.nextafter(torch.tensor(INF, dtype=dtype), torch.tensor(0.0).to(dtype)),
+    )
     step = largest - torch.nextafter(below, torch.zeros_like(below)).item()
     return torch.tensor([largest, largest + 0.49 * step, largest + 0.5 * step, 2 * largest, 1e200], dtype=f64)
 

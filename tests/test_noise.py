@@ -180,7 +180,19 @@ def test_the_result_is_one_of_the_two_neighbours(dtype: torch.dtype, drawn: int 
 BELOW = {
     torch.float32: [1.0, -1.0, 1.9921875, -3e30, 2.0**-126],
     torch.bfloat16: [1.0, -1.0, 1.9921875, -3e30, 2.0**-126, 254 * 2.0**120],
-    torch.float16: [1.0, -1.0, 1.9921875, -3e4, 65472.0, 2.0**-14, 2.0**-14 - 2.0**-24, -(2.0**-20), 2.0**-24, 0.0, -0.0],
+    torch.float16: [
+        1.0,
+        -1.0,
+        1.9921875,
+        -3e4,
+        65472.0,
+        2.0**-14,
+        2.0**-14 - 2.0**-24,
+        -(2.0**-20),
+        2.0**-24,
+        0.0,
+        -0.0,
+    ],
 }
 
 
@@ -199,7 +211,9 @@ def test_the_share_that_goes_up_is_the_distance_to_below(dtype: torch.dtype, sta
 def test_on_average_over_many_seeds_nothing_is_lost(dtype: torch.dtype) -> None:
     """However small beside the spacing, which float16 has in steps of 6e-8 even at 0."""
     for exact in (1e-9, -1e-9, 4e-8, 1e-7, -3.3e-6, 6.102e-5, 6.2e-5, 0.1, -1.0003, 1 + 2.0**-40, 2e4 / 3, 65503.0):
-        draws = noise.round_stochastically(torch.full((MANY,), exact, dtype=torch.float64), dtype, bits(n=MANY)).double()
+        draws = noise.round_stochastically(
+            torch.full((MANY,), exact, dtype=torch.float64), dtype, bits(n=MANY)
+        ).double()
         assert draws.mean().item() == pytest.approx(exact, abs=6 * draws.std().item() / math.sqrt(MANY), rel=1e-9)
 
 

@@ -168,7 +168,7 @@ def test_the_averages_are_those_beside_the_weights(
     assert run.agrees()
 
 
-@pytest.mark.parametrize("dtype", ["auto", torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bucket", [150, 1 << 24])
 def test_random_bits_do_not_depend_on_the_buckets(device, monkeypatch, dtype, bucket: int) -> None:
     monkeypatch.setattr(offload, "BUCKET", bucket)

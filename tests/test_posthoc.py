@@ -352,9 +352,10 @@ def test_only_what_is_averaged_is_put_together(tmp_path: Path) -> None:
     assert not torch.equal(weights["a"], model.a)
 
 
-def test_averages_of_sixteen_bits_are_archived_in_float32(tmp_path: Path) -> None:
-    model = nn.Linear(4, 4).bfloat16()
-    ema = ewma.ModelEMA(model, half_life=3, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_sixteen_bits_are_archived_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 4).to(dtype)
+    ema = ewma.ModelEMA(model, half_life=3, dtype=dtype)
     ema.update()
     archive = posthoc.Archive(tmp_path)
     archive.add(ema)

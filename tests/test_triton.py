@@ -360,7 +360,8 @@ def lerp(value, average, coefficients, words):
     triton.lerp(values, averages, [1], True)(coefficients, words)
     return ahead.made[-1]
 
-for value, average, word in ((f32, f32, None), (bf16, f32, None), (bf16, bf16, 5), (f32, f16, 5), (f16, f64, None), (f64, f32, 5)):
+ways = (f32, f32, None), (bf16, f32, None), (bf16, bf16, 5), (f32, f16, 5), (f16, f64, None), (f64, f32, 5)
+for value, average, word in ways:
     lerp(value, average, [.3], [word])
     assert not ahead.count("fma"), "operations are fused"
     assert not ahead.count("ftz"), "small numbers are flushed"

@@ -89,6 +89,22 @@ def test_what_is_not_averaged_is_shared_with_the_model(small: Small, sgd) -> Non
     assert small.first.weight.requires_grad
 
 
+def test_a_float16_models_teacher_holds_its_float16_averages() -> None:
+    model = nn.Linear(4, 4).half()
+    ema = ewma.ModelEMA(model, half_life=2, dtype=torch.float16)
+    ema.update()
+    teacher = ema.module()
+    with torch.no_grad():
+        model.weight += 1.0
+    ema.update()
+    average = dict(ema.named_parameters())["weight"]
+    assert teacher.weight.data_ptr() == average.data_ptr()
+    with ema.swapped():
+        assert torch.equal(model.weight, teacher.weight)
+    ema.copy_to(model)
+    assert torch.equal(model.weight, average)
+
+
 def test_a_teacher_of_another_dtype_is_a_copy_to_refresh(sgd) -> None:
     model = nn.Linear(4, 4).to(torch.bfloat16)
     ema = ewma.ModelEMA(model, half_life=2)

@@ -351,9 +351,10 @@ def test_inside_a_compiled_step(small: Small) -> None:
 # Precision
 
 
-def test_a_bfloat16_model_moves_as_far_as_float64_says() -> None:
-    model = nn.Linear(64, 64).to(torch.bfloat16)
-    ema, coarse = (ewma.ModelEMA(model, decay=0.9999, dtype=dtype) for dtype in ("auto", torch.bfloat16))
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_16_bit_model_moves_as_far_as_float64_says(narrow: torch.dtype) -> None:
+    model = nn.Linear(64, 64).to(narrow)
+    ema, coarse = (ewma.ModelEMA(model, decay=0.9999, dtype=dtype) for dtype in ("auto", narrow))
     ema.update()
     coarse.update()
     start = model.weight.detach().double()
@@ -365,7 +366,7 @@ def test_a_bfloat16_model_moves_as_far_as_float64_says() -> None:
     rate = -torch.log(torch.tensor(0.9999, dtype=torch.float64))
     moved = 1 - (1 - torch.exp(-rate)) * torch.exp(-4000 * rate) / (1 - torch.exp(-4001 * rate))
     expected = moved * (model.weight.double() - start).mean()
-    for each, dtype in ((ema, torch.float32), (coarse, torch.bfloat16)):
+    for each, dtype in ((ema, torch.float32), (coarse, narrow)):
         weight = dict(each.named_parameters())["weight"]
         assert weight.dtype == dtype
         assert (weight.double() - start).mean().item() == pytest.approx(expected.item(), rel=0.01)
@@ -398,6 +399,9 @@ def test_float32_does_not_stall(coefficient: float) -> None:
         (torch.float32, torch.float64, torch.float64),
         (torch.float64, torch.float32, torch.float32),
         (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float16, torch.float16),
     ],
 )
 def test_dtype_policy(weights: torch.dtype, dtype, expected: torch.dtype) -> None:
@@ -449,6 +453,35 @@ def test_averages_become_as_precise_as_the_model_does(small: Small) -> None:
 
 
 # NaN and infinity
+
+
+def test_what_float16_cannot_hold_counts_as_not_finite() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[65519.0, 1.0, 1e5]]))
+    ema = ewma.ModelEMA(model, decay=DECAY, dtype=torch.float16)
+    ema.update()
+    with torch.no_grad():
+        model.weight[0, 1] = -65520.0
+    ema.update()
+    assert ema.skipped == 3
+    assert averages(ema)["weight"].tolist() == [[65504.0, 1.0, pytest.approx(float("nan"), nan_ok=True)]]
+    with torch.no_grad():
+        model.weight[0, 2] = 2.0
+    ema.update()
+    assert averages(ema)["weight"][0, 2] == 2.0
+
+
+def test_float16_follows_weights_far_below_its_spacing() -> None:
+    model = nn.Linear(200, 200, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1e-9)
+    ema = ewma.ModelEMA(model, half_life=100, dtype=torch.float16)
+    for _ in range(50):
+        ema.update()
+    average = averages(ema)["weight"].double()
+    assert (average == 0).sum() > 0.9 * average.numel()
+    assert average.mean().item() == pytest.approx(1e-9, rel=0.2)
 
 
 def test_a_non_finite_element_never_enters(small: Small) -> None:
@@ -538,7 +571,7 @@ def state_of(ema) -> dict:
 SEVERAL = {"fast": ewma.Exponential(half_life=20_000), "wide": ewma.Power(sigma_rel=0.1)}
 
 
-@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(dtype, every: int) -> None:
     def start() -> tuple[Small, torch.optim.Optimizer, ewma.ModelEMA]:
@@ -569,11 +602,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(dtype, every: in
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1e-5])
-def test_a_file_resumes_bit_for_bit(small: Small, sgd, tmp_path: Path, alpha: float) -> None:
-    ema = ewma.ModelEMA(small, alpha=alpha, seed=7).attach(sgd)
+@pytest.mark.parametrize("dtype", ["auto", torch.float16])
+def test_a_file_resumes_bit_for_bit(small: Small, sgd, tmp_path: Path, alpha: float, dtype) -> None:
+    ema = ewma.ModelEMA(small, alpha=alpha, dtype=dtype, seed=7).attach(sgd)
     train(small, sgd, 5)
     ema.save(tmp_path / "ema.safetensors")
-    other = ewma.ModelEMA(small, alpha=alpha)
+    other = ewma.ModelEMA(small, alpha=alpha, dtype=dtype)
     other.load(tmp_path / "ema.safetensors")
     other.attach(sgd)
     train(small, sgd, 5)
@@ -590,14 +624,15 @@ def test_loading_writes_into_the_storage_a_teacher_shares(small: Small, sgd) -> 
     assert torch.equal(teacher.first.weight, state["averages"]["average"]["first.weight"])
 
 
-def test_precision_is_never_lost_on_load() -> None:
-    fine, coarse = (nn.Linear(4, 4).to(dtype) for dtype in (torch.float32, torch.bfloat16))
-    ema = ewma.ModelEMA(fine, decay=DECAY)
+@pytest.mark.parametrize(("saved", "dtype"), [("auto", torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_precision_is_never_lost_on_load(saved, dtype: torch.dtype) -> None:
+    fine, coarse = nn.Linear(4, 4), nn.Linear(4, 4).to(dtype)
+    ema = ewma.ModelEMA(fine, decay=DECAY, dtype=saved)
     ema.update()
-    other = ewma.ModelEMA(coarse, decay=DECAY, dtype=torch.bfloat16)
+    other = ewma.ModelEMA(coarse, decay=DECAY, dtype=dtype)
     other.update()
     other.load_state_dict(ema.state_dict())
-    assert same(averages(other), averages(ema))
+    assert all(map(torch.equal, averages(other).values(), (each.float() for each in averages(ema).values())))
     other.update()
     assert {average.dtype for _, average in other.named_parameters()} == {torch.float32}
 
@@ -756,7 +791,7 @@ def test_reset_begins_anew(small: Small, sgd) -> None:
         ({"profile": "ema"}, TypeError, "profile must be a profile, such as Power"),
         ({"profile": ewma.Uniform(), "decay": 0.9}, TypeError, r"got Uniform\(\) and decay=: keep one of them"),
         ({"profile": {"a": 0.9}}, TypeError, "could be read two ways"),
-        ({"decay": 0.9, "dtype": torch.float16}, ValueError, "use torch.bfloat16 for half the memory"),
+        ({"decay": 0.9, "dtype": torch.float8_e5m2}, ValueError, "or torch.float16; got torch.float8_e5m2"),
         (
             {"decay": 0.9, "buffers": "drop"},
             ValueError,
@@ -976,7 +1011,7 @@ def test_nothing_to_average_yet() -> None:
         ({"decay": 0.9, "only": 5}, TypeError, "only must be globs"),
         ({"decay": 0.9, "seed": 1.5}, TypeError, "seed must be a whole number; got 1.5"),
         ({"profile": {1: ewma.Uniform()}}, TypeError, "several profiles go by names, .*; got 1 as one"),
-        ({"decay": 0.9, "dtype": "bfloat16"}, ValueError, "or torch.bfloat16; got 'bfloat16'"),
+        ({"decay": 0.9, "dtype": "bfloat16"}, ValueError, "torch.bfloat16 or torch.float16; got 'bfloat16'"),
     ],
 )
 def test_more_bad_arguments(small: Small, arguments: dict, error: type[Exception], text: str) -> None:

@@ -49,8 +49,9 @@ def bits(elements: Tensor, word: Any, stream: int) -> Tensor:
 def round_stochastically(exact: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """float64 to `dtype`, up or down with the probability that keeps the expectation exact.
 
-    The random bits are added below the last bit that `dtype` keeps, and what is below is cut off. Rounded to nearest are
-    what is beyond the largest number, so that nothing becomes infinite by chance; and subnormal float32 and bfloat16.
+    The random bits are added below the last bit that `dtype` keeps, and what is below is cut off. What is beyond the
+    largest number is rounded to nearest, so that nothing becomes infinite by chance; and so are subnormal float32 and
+    bfloat16, below 1e-38.
     """
     dropped = DROPPED[dtype]
     noise = bits >> (32 - dropped) if dropped < 32 else bits << (dropped - 32)

@@ -161,10 +161,10 @@ def rounded(exact, elements, offset, DTYPE: tl.constexpr):
         lift = tl.where(size < SUBNORMAL_FLOAT16, SUBNORMAL_FLOAT16, 0.0).to(tl.float64)
         lifted = (((size + lift).to(tl.int64, bitcast=True) + drawn) >> dropped) << dropped
         cut = (lifted.to(tl.float64, bitcast=True) - lift).to(tl.int64, bitcast=True) | (bits & ~SIZE)
-        largest: tl.constexpr = LARGEST_FLOAT16
     else:
         cut = ((bits + drawn) >> dropped) << dropped
-        largest: tl.constexpr = LARGEST_BFLOAT16 if DTYPE == tl.bfloat16 else LARGEST_FLOAT32
+    wide: tl.constexpr = LARGEST_BFLOAT16 if DTYPE == tl.bfloat16 else LARGEST_FLOAT32
+    largest: tl.constexpr = LARGEST_FLOAT16 if DTYPE == tl.float16 else wide
     return tl.where(size <= largest, cut, bits).to(tl.float64, bitcast=True).to(tl.float32)
 
 
