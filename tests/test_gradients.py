@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ewma
-from ewma import GradientEMA
+from ewma import GradientEMA, kernels
 from ewma.gradients import NoiseScale
 
 SLOW: dict[str, Any] = {"decay": 0.98, "raw": 1.0, "slow": 2.0}  # of a constant gradient 1: exactly 3 at every step
@@ -473,6 +473,14 @@ def test_a_saved_state_goes_where_the_gradients_are() -> None:
     assert dict(ema.named_gradients())["0.0"].device == weight.grad.device
     assert ema.squares is not None
     assert ema.squares["0.0"].device == weight.grad.device
+
+
+@pytest.mark.skipif(bool(kernels.missing()), reason="the other kernels change each gradient in turn")
+def test_two_gradients_that_are_one_are_told() -> None:
+    one, other = weights(2, 2)
+    one.grad = other.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"two tensors overlap. .* parameter.grad = parameter.grad.clone\(\)"):
+        GradientEMA(torch.optim.SGD([one, other], lr=0.0), **SLOW, hook=False).apply()
 
 
 def test_a_step_without_any_gradient_does_not_count() -> None:

@@ -187,7 +187,7 @@ def test_only_the_selected_are_averaged(small: Small, sgd, only, expected: set[s
             assert torch.equal(parameter, raw[name]) == (name not in expected or name == "first.bias")
 
 
-def test_a_predicate_is_asked_again_when_something_is_frozen_or_unfrozen(small: Small) -> None:
+def test_a_predicate_is_asked_again_when_something_is_unfrozen(small: Small) -> None:
     small.first.requires_grad_(False)
     ema = ewma.ModelEMA(small, decay=DECAY, only=lambda name, parameter: parameter.requires_grad)
     ema.update()
@@ -196,9 +196,26 @@ def test_a_predicate_is_asked_again_when_something_is_frozen_or_unfrozen(small: 
     nn.init.constant_(small.first.weight, 5.0)
     ema.update()
     assert averages(ema)["first.weight"].unique().tolist() == [5.0]
-    small.last.requires_grad_(False)
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_what_a_predicate_has_selected_is_still_averaged_when_frozen(small: Small, move: bool) -> None:
+    """A GAN freezes and unfreezes its halves in turn."""
+    ema = ewma.ModelEMA(small, decay=DECAY, only=lambda name, parameter: parameter.requires_grad)
     ema.update()
-    assert "last.weight" not in averages(ema)
+    small.requires_grad_(False)
+    if move:
+        small.last.weight.data = small.last.weight.data.clone()
+    nn.init.constant_(small.last.weight, 5.0)
+    ema.update()
+    assert ema.count == 2
+    ema.update(1e6)
+    assert averages(ema)["last.weight"].unique().tolist() == [5.0]
+    ema.load_state_dict(copy.deepcopy(ema.state_dict()))
+    small.last.requires_grad_(True)
+    ema.reset()
+    ema.update()
+    assert set(averages(ema)) == {"last.weight", "last.bias"}
 
 
 def test_selecting_nothing_is_refused(small: Small) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import reduce
 from typing import Any, Literal, TypeAlias
@@ -39,6 +39,8 @@ class Policy:
     only: Only
     guard: bool
     capturable: bool
+    selected: set[str] = field(default_factory=set, compare=False)
+    """What a function as only= has selected: it stays so, for what is frozen is still averaged."""
 
     def told(self) -> dict[str, Any]:
         """What all ranks must have in common. (A function as only= cannot be compared.)"""
@@ -58,7 +60,9 @@ class Policy:
         if self.only is None:
             return True
         if callable(self.only):
-            return any(self.only(name, named.tensor) for name in named.names)
+            if any(self.only(name, named.tensor) for name in named.names):
+                self.selected.add(named.name)
+            return named.name in self.selected
         return any(fnmatchcase(name, pattern) for name in named.names for pattern in self.only)
 
     def new_average(self, tensor: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class Binding:
         mine = [average for update, _, _ in self.updates for average in update.noted]
         self.moved = watch(model, [*(named.tensor for named in self.averaged + self.copied), *mine])
         if callable(policy.only):
-            self.moved = _or_frozen(self.moved, [named.tensor for role in self.roles.values() for named in role])
+            self.moved = _or_unfrozen(self.moved, [named.tensor for named in self.raw])
         """Whether any of the tensors has changed since: complete, and cheap enough for every step."""
         self.free = not (policy.capturable or self.copies_from) and all(update.free for update, _, _ in self.updates)
         """Whether a float's worth of elapsed runs no torch operation, so that no mode needs to be entered for it."""
@@ -286,10 +290,10 @@ class Binding:
         return len(self.clocks) - 1
 
 
-def _or_frozen(moved: Callable[[], bool], tensors: list[Tensor]) -> Callable[[], bool]:
-    """Also whether any was frozen or unfrozen, by which a function often selects."""
-    trained = [tensor.requires_grad for tensor in tensors]
-    return lambda: moved() or [tensor.requires_grad for tensor in tensors] != trained
+def _or_unfrozen(moved: Callable[[], bool], raw: list[Tensor]) -> Callable[[], bool]:
+    """Also whether any was unfrozen that was not selected: a function often selects by that."""
+    frozen = [tensor for tensor in raw if not tensor.requires_grad]
+    return lambda: moved() or any(tensor.requires_grad for tensor in frozen)
 
 
 def _stream(named: Named) -> int:

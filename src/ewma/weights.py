@@ -52,7 +52,8 @@ class ModelEMA(Readable):
             "leave" them out. Integers and bools are always copied.
         only: which parameters to average: globs over canonical names ("blocks.*", or a list), or a predicate
             (name, parameter) -> bool; a tied weight counts if any of its names does. What is left out stays raw in
-            `swapped` and is saved raw. A predicate is asked again when parameters come, go, are frozen or unfrozen.
+            `swapped` and is saved raw. A predicate is asked again when parameters come, go or are unfrozen; what it has
+            selected once stays so.
         nonfinite: "skip" leaves an average alone where the weight is NaN or infinite, and counts that in `skipped`;
             "propagate" does not look, which is a little faster.
         capturable: keep time, weight and count on the device, as a CUDA graph needs.
@@ -225,6 +226,7 @@ class ModelEMA(Readable):
         self.settle()
         for track in self.tracks.values():
             track.restart()
+        self.policy.selected.clear()
         self._binding, self._skipped = None, 0
         self.run = secrets.token_hex(8)
         self._start_waiting()

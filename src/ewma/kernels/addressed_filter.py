@@ -32,7 +32,13 @@ class AddressedFilter:
         self.mine = [n for n, gradient in enumerate(gradients) if plain(gradient, *(each[n] for each in self.averages))]
         self.rest = tuple(sorted(set(range(len(gradients))) - set(self.mine)))
         values, chosen = [gradients[n] for n in self.mine], [[each[n] for n in self.mine] for each in self.averages]
-        check_overlap([], [values, *chosen])
+        try:
+            check_overlap([], [values, *chosen])
+        except ValueError:
+            raise ValueError(
+                "expected gradients that share no memory with each other or an average, being changed in place; "
+                "two tensors overlap. Give each its own before the step: parameter.grad = parameter.grad.clone()."
+            ) from None
         self.written = [average for each in chosen for average in each]
         return values, chosen
 
