@@ -166,13 +166,66 @@ def test_spreads_of_any_layout(view: Any, dtype: str) -> None:
         numpy.testing.assert_allclose(got[row, :, column], right.astype(dtype), rtol=4.0 * numpy.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", "fde")
+@pytest.mark.parametrize("inner", [8, 63, 64, 300, 1100])
+@pytest.mark.parametrize("start", [None, 1.5])
+def test_spreads_of_columns_are_the_definition_s(start: float | None, inner: int, dtype: str) -> None:
+    x = values(2, 1030, inner, dtype=dtype, offset=4.0)
+    for unbiased in (True, False):
+        bands = spread(x, 0.02, start, 2, unbiased, k=3.0, dtype=dtype)
+        (variance,), (deviation,) = (spread(x, 0.02, start, kind, unbiased, dtype=dtype) for kind in (0, 1))
+        for row, column in ((0, 0), (1, inner // 2), (1, inner - 1)):
+            mean, right = truth(x[row, :, column], 0.02, start, unbiased)
+            expected = (right, numpy.sqrt(right), *(mean + k * numpy.sqrt(right) for k in (-3, 0, 3)))
+            for got, wide in zip((variance, deviation, *bands), expected, strict=True):
+                wide = wide if got is not bands[1] else mean
+                close = {"rtol": 1e-11, "atol": 1e-13} if dtype == "d" else {"rtol": 2.0 * numpy.finfo(dtype).eps}
+                numpy.testing.assert_allclose(got[row, :, column], wide.astype("d"), **close)
+
+
+@pytest.mark.parametrize("shape", [(1, 2100, 150), (3, 700, 40), (1, 90, 2500)])
+def test_columns_have_the_same_bits_from_every_instruction_set_and_any_threads(shape: tuple[int, int, int]) -> None:
+    x = values(*shape, dtype="f", offset=4.0)
+    right = spread(x, 0.02, None, 2, True, dtype="f")
+    for name, threads in itertools.product(_native.instruction_sets(), (1, 2, 3)):
+        before = _native.use(name)
+        got = spread(x, 0.02, None, 2, True, threads=threads, dtype="f")
+        _native.use(before)
+        for one, other in zip(got, right, strict=True):
+            numpy.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_spreads_of_columns_that_take_turns(threads: int) -> None:
-    x = values(1, 2100, 150, offset=4.0)
+def test_spreads_of_series_that_take_turns(threads: int) -> None:
+    x = values(1, 2100, 300, offset=4.0)[:, :, ::2]
     bands = spread(x, 0.02, None, 2, True, threads=threads)
     for column in (0, 63, 64, 149):
         for got, right in zip(bands, spread(x[:, :, column : column + 1].copy(), 0.02, None, 2, True), strict=True):
-            numpy.testing.assert_array_equal(got[:, :, column : column + 1], right)
+            numpy.testing.assert_allclose(got[:, :, column : column + 1], right, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), [("d", "f"), ("f", "d"), ("e", "f")])
+def test_spreads_of_another_dtype(x_dtype: str, dtype: str) -> None:
+    x = values(1, 300, 70, dtype=x_dtype)
+    for got, right in zip(
+        *(spread(one, 0.02, None, 2, True, dtype=dtype) for one in (x, x.astype(dtype))), strict=True
+    ):
+        numpy.testing.assert_allclose(got, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 4, 7])
+@pytest.mark.parametrize("inner", [1, 8, 61, 128])
+def test_large_spreads_go_around_the_caches_wherever_they_begin(inner: int, offset: int) -> None:
+    n = (1 << 22) // inner + 77
+    x = values(1, n, inner, dtype="f")
+    rooms = [numpy.full(n * inner + 16, 7.0, "f") for _ in range(3)]
+    outs = tuple(room[offset : offset + n * inner].reshape(x.shape) for room in rooms)
+    assert _native.spread(x, outs, None, 0.0, 0.01, 0.99, True, 2, 2.0, True, 2)
+    small = spread(x[:, :1000], 0.01, None, 2, True, dtype="f")
+    for room, out, right in zip(rooms, outs, small, strict=True):
+        assert (room[:offset] == 7.0).all()
+        assert (room[offset + n * inner :] == 7.0).all()
+        numpy.testing.assert_allclose(out[:, :1000], right, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("lost", [1e-6, 1e-3, 0.3])

@@ -1,7 +1,7 @@
 """Chunks of running moments in two compiled passes: what each step weighs, and the averages.
 
-For arrays and tensors on the CPU without gradients, where there is the compiled kernel (moments.c has the loops); what
-cannot be done here, the caller does by whole-array operations.
+For arrays and tensors on the CPU without gradients, where there is the compiled kernel (weigh.c and average.c have the
+loops); what cannot be done here, the caller does by whole-array operations.
 """
 
 from __future__ import annotations

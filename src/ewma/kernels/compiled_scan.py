@@ -1,7 +1,7 @@
 """The scan along time in one compiled pass over memory, for NumPy arrays and tensors on the CPU.
 
-scan.c has the loops; it goes by the buffers that NumPy lends, which say where and what they are, and checks them before
-it reads. A tensor is lent as the NumPy array of its memory, so nothing here imports torch.
+means.c and spread.c go by the buffers that NumPy lends, which say where and what they are, and check them before they
+read. A tensor is lent as the NumPy array of its memory, so nothing here imports torch.
 """
 
 from __future__ import annotations

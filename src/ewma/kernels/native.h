@@ -135,11 +135,11 @@ typedef void Part(void *work, size_t index);
 void share(Part *part, void *work, size_t count, int threads);
 void prepare_threads(void);
 
-PyObject *py_mean(PyObject *module, PyObject *arguments); /* in scan.c */
+PyObject *py_mean(PyObject *module, PyObject *arguments); /* in means.c */
 PyObject *py_scan(PyObject *module, PyObject *arguments);
-PyObject *py_scan_elements(PyObject *module, PyObject *arguments);
-PyObject *py_weigh(PyObject *module, PyObject *arguments); /* in moments.c */
-PyObject *py_average(PyObject *module, PyObject *arguments);
+PyObject *py_scan_elements(PyObject *module, PyObject *arguments); /* in elements.c */
+PyObject *py_weigh(PyObject *module, PyObject *arguments); /* in weigh.c */
+PyObject *py_average(PyObject *module, PyObject *arguments); /* in average.c */
 PyObject *py_spread(PyObject *module, PyObject *arguments); /* in spread.c */
 PyObject *py_places(PyObject *module, PyObject *arguments); /* in places.c */
 PyObject *py_moved(PyObject *module, PyObject *arguments);

@@ -2,7 +2,7 @@
 
        d = x - mean before        Q[t] = Q[t-1] + (kept[t] * d * d - lost * Q[t-1])        variance[t] = factor[t] * Q[t]
 
-   The same windows as those of the mean (scan_loops.c). Biased, the factor is the share of the newest value; unbiased it
+   The same windows as those of the mean (line_loops.c). Biased, the factor is the share of the newest value; unbiased it
    is W / D, of the weight W = 1 / share and the weight D of all pairs, in closed form:
 
        debiased: (1 + k) / 2k / W[t - 1]        otherwise: (1 - k ** 2) / 2k / (1 - k ** 2m), m steps since the weight was 1 */
@@ -11,17 +11,15 @@
 
 #include <stdlib.h>
 
-enum { VARIANCE, DEVIATION, BANDS, OUTS = 3, MOST = 64, TOGETHER = 64 };
+enum { MOST = 64, TOGETHER = 64 };
 
 typedef struct {
     Sweep sweep;
-    Plane out[OUTS];
     int kind, unbiased, late; /* late: the first step has no pair yet */
     double k, scale;
     Shares factor;
-    ptrdiff_t each, row, column;
-    Spread begins[MOST], ends[MOST];
-    size_t unfit; /* how many series did not stay finite, or were hidden by their mean */
+    ptrdiff_t row, column;
+    State begins[MOST], ends[MOST];
 } Spreading;
 
 /* The factors of the n steps after t; room has one more. */
@@ -43,12 +41,12 @@ static void write_block(
     const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t t, int n, double *rises, double *spreads,
     const double *factor)
 {
-    const Loops *loops = &LOOPS[chosen];
+    const LineLoops *loops = &LINE[chosen];
     const double base = s->sweep.base[row * s->sweep.inner + column];
     double edge[BLOCK];
     loops->spread_results(spreads, spreads, n, factor, s->kind != VARIANCE);
     for (int k = 0; k < (s->kind == BANDS ? OUTS : 1); k++) {
-        const Plane *out = &s->out[k];
+        const Plane *out = &s->sweep.out[k];
         const double far = s->k * (k - 1);
         for (int i = 0; i < n; i++) /* the mean is there before the spread is */
             edge[i] = s->kind != BANDS ? spreads[i] : k == 1 ? rises[i] : rises[i] + far * spreads[i];
@@ -57,33 +55,36 @@ static void write_block(
 }
 
 static void steps(
-    const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, Spread *state, int writes)
+    const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, State *state, int writes)
 {
     const Plane *x = &s->sweep.x;
     double u[BLOCK], rises[BLOCK], spreads[BLOCK], shares[BLOCK], room[BLOCK + WINDOW + 1];
     for (ptrdiff_t t = begin; t < end; t += BLOCK) {
         const int n = end - t < BLOCK ? (int)(end - t) : BLOCK, padded = (n + WINDOW - 1) / WINDOW * WINDOW;
         const double *post = shares_of(&s->sweep.post, t, n, shares);
-        LOOPS[chosen].read(u, element(x, row, t, column), n, x->step[1], s->sweep.base[row * s->sweep.inner + column],
+        LINE[chosen].read(u, element(x, row, t, column), n, x->step[1], s->sweep.base[row * s->sweep.inner + column],
                            x->dtype);
         for (int i = n; i < padded; i++)
             u[i] = 0.0;
-        LOOPS[chosen].spread(rises, spreads, u, padded, post, &s->sweep.fading, state);
+        LINE[chosen].spread(rises, spreads, u, padded, post, &s->sweep.fading, state);
         if (writes)
             write_block(s, row, column, t, n, rises, spreads, s->unbiased ? factors(s, t, n, room) : post);
     }
 }
 
-static Spread first_state(Spreading *s, ptrdiff_t row, ptrdiff_t column)
+static void take(const Sweep *sweep, const Tile *tile, States *states)
+{
+    const Spreading *s = (const Spreading *)sweep;
+    double room[BLOCK + WINDOW + 1];
+    const double *factor = s->unbiased ? factors(s, tile->time, tile->steps, room) : tile->post;
+    COLUMNS[chosen].spread(tile, states, factor, s->kind, s->k, &sweep->fading);
+}
+
+static State first_state(Spreading *s, ptrdiff_t row, ptrdiff_t column)
 {
     begin_line(&s->sweep, row, column);
     const double sum = s->sweep.sums[row * s->sweep.inner + column];
-    return (Spread){sum, s->sweep.held > 0.0 ? sum / s->sweep.held : 0.0, 0.0, 0.0};
-}
-
-static int unfit(const Spreading *s, const Spread *state)
-{
-    return !isfinite(state->sum) || !isfinite(state->spread) || state->hidden > 0.25 * (double)s->sweep.n;
+    return (State){sum, rise_from(&s->sweep, sum), 0.0, 0.0};
 }
 
 /* Where the steps of a series do not lie side by side, several take turns: the neighbours' lines are in the cache. */
@@ -91,11 +92,11 @@ static void some_lines(void *work, size_t index)
 {
     Spreading *s = work;
     const ptrdiff_t step = s->sweep.x.step[1], n = s->sweep.n, inner = s->sweep.inner;
-    const ptrdiff_t count = s->sweep.outer * inner, first = (ptrdiff_t)index * s->each;
-    const ptrdiff_t last = count - first < s->each ? count : first + s->each;
+    const ptrdiff_t count = s->sweep.outer * inner, first = (ptrdiff_t)index * s->sweep.each;
+    const ptrdiff_t last = count - first < s->sweep.each ? count : first + s->sweep.each;
     const ptrdiff_t turn = step == 1 || step == -1 ? n : BLOCK, together = turn < n ? TOGETHER : 1;
     for (ptrdiff_t group = first; group < last; group += together) {
-        Spread states[TOGETHER];
+        State states[TOGETHER];
         const ptrdiff_t size = last - group < together ? last - group : together;
         for (ptrdiff_t t = 0; t < n; t += turn)
             for (ptrdiff_t k = 0; k < size; k++) {
@@ -105,8 +106,8 @@ static void some_lines(void *work, size_t index)
                 steps(s, row, column, t, n - t < turn ? n : t + turn, &states[k], 1);
             }
         for (ptrdiff_t k = 0; k < size; k++)
-            if (unfit(s, &states[k]))
-                ADD(&s->unfit, 1);
+            if (!is_fit(&s->sweep, &states[k]))
+                ADD(&s->sweep.unfit, 1);
     }
 }
 
@@ -114,14 +115,14 @@ static void some_lines(void *work, size_t index)
 static void one_segment(void *work, size_t index)
 {
     Spreading *s = work;
-    const ptrdiff_t begin = (ptrdiff_t)index * s->each;
-    const ptrdiff_t end = s->sweep.n - begin < s->each ? s->sweep.n : begin + s->each;
-    Spread state = s->begins[0];
+    const ptrdiff_t begin = (ptrdiff_t)index * s->sweep.each;
+    const ptrdiff_t end = s->sweep.n - begin < s->sweep.each ? s->sweep.n : begin + s->sweep.each;
+    State state = s->begins[0];
     if (begin > 0) {
         const double counts = ceil(128.0 * log(2.0) / -log1p(-s->sweep.post.lost) / BLOCK) * BLOCK;
         const ptrdiff_t back = counts < (double)begin ? (ptrdiff_t)counts : begin;
         if (back < begin)
-            state = (Spread){0.0, 0.0, 0.0, 0.0};
+            state = (State){0.0, 0.0, 0.0, 0.0};
         steps(s, s->row, s->column, begin - back, begin, &state, 0);
         state.hidden = 0.0;
         s->begins[index] = state;
@@ -132,24 +133,24 @@ static void one_segment(void *work, size_t index)
 
 static int same(double one, double other) { return fabs(one - other) <= fabs(other) * 0x1p-40; }
 
-static void in_segments(Spreading *s, int threads)
+static void segments(Spreading *s, int threads)
 {
     const ptrdiff_t most = threads < MOST ? threads : MOST, blocks = (s->sweep.n + BLOCK - 1) / BLOCK;
-    s->each = (blocks + most - 1) / most * BLOCK;
-    const size_t count = (size_t)((s->sweep.n + s->each - 1) / s->each);
+    s->sweep.each = (blocks + most - 1) / most * BLOCK;
+    const size_t count = (size_t)((s->sweep.n + s->sweep.each - 1) / s->sweep.each);
     for (s->row = 0; s->row < s->sweep.outer; s->row++)
         for (s->column = 0; s->column < s->sweep.inner; s->column++) {
             double hidden = 0.0;
             s->begins[0] = first_state(s, s->row, s->column);
             share(one_segment, s, count, threads);
             for (size_t index = 0; index < count; index++) {
-                const Spread *before = &s->ends[index - (index > 0)], *begun = &s->begins[index];
+                const State *before = &s->ends[index - (index > 0)], *begun = &s->begins[index];
                 if (index > 0 && !(same(begun->sum, before->sum) && same(begun->spread, before->spread))
                     && isfinite(before->sum)) {
-                    Spread state = *before;
-                    const ptrdiff_t begin = (ptrdiff_t)index * s->each;
+                    State state = *before;
+                    const ptrdiff_t begin = (ptrdiff_t)index * s->sweep.each;
                     state.hidden = 0.0;
-                    steps(s, s->row, s->column, begin, s->sweep.n - begin < s->each ? s->sweep.n : begin + s->each,
+                    steps(s, s->row, s->column, begin, s->sweep.n - begin < s->sweep.each ? s->sweep.n : begin + s->sweep.each,
                           &state, 1);
                     s->ends[index] = state;
                 }
@@ -157,8 +158,8 @@ static void in_segments(Spreading *s, int threads)
             }
             s->ends[count - 1].hidden = hidden;
             for (size_t index = 0; index < count; index++)
-                if (unfit(s, &s->ends[index])) {
-                    s->unfit++;
+                if (!is_fit(&s->sweep, &s->ends[index])) {
+                    s->sweep.unfit++;
                     break;
                 }
         }
@@ -166,46 +167,48 @@ static void in_segments(Spreading *s, int threads)
 
 static int run(Spreading *s, int threads)
 {
-    const ptrdiff_t count = s->sweep.outer * s->sweep.inner;
+    Sweep *sweep = &s->sweep;
+    const ptrdiff_t count = sweep->outer * sweep->inner;
     double *state = malloc((size_t)(2 * count) * sizeof *state);
-    if (!state)
+    if (!state || (count > 1 && (tabulate(&sweep->post, sweep->n) < 0 || tabulate(&s->factor, sweep->n) < 0))) {
+        free(state);
+        free((double *)sweep->post.table);
         return -1;
-    s->sweep.base = state;
-    s->sweep.sums = state + count;
-    if (count < threads)
-        in_segments(s, threads);
+    }
+    sweep->base = state;
+    sweep->sums = state + count;
+    sweep->fresh = 1;
+    sweep->around = is_large(sweep);
+    sweep->take = take;
+    if (has_strips(sweep))
+        in_strips(sweep, threads);
+    else if (count < threads)
+        segments(s, threads);
     else {
-        s->each = (count + threads - 1) / threads;
-        share(some_lines, s, (size_t)((count + s->each - 1) / s->each), threads);
+        sweep->each = (count + threads - 1) / threads;
+        share(some_lines, s, (size_t)((count + sweep->each - 1) / sweep->each), threads);
     }
     free(state);
+    free((double *)sweep->post.table);
+    free((double *)s->factor.table);
     return 0;
 }
 
 /* What Python sees. */
 
-enum { X, START, FIRST_OUT, VIEWS = FIRST_OUT + OUTS };
+enum { X, FIRST_OUT, START = FIRST_OUT + OUTS, VIEWS };
 
 static int read_arguments(Spreading *s, PyObject *x, PyObject *outs, PyObject *start, Py_buffer views[VIEWS])
 {
     Sweep *sweep = &s->sweep;
+    PyObject *items[OUTS];
     const int count = s->kind == BANDS ? OUTS : 1;
     if (s->kind < VARIANCE || s->kind > BANDS || PyTuple_Size(outs) != count)
         return fail("spread: expected one array to write, or three for bands");
-    if (PyObject_GetBuffer(x, &views[X], PyBUF_STRIDES | PyBUF_FORMAT) < 0)
+    for (int k = 0; k < count; k++)
+        items[k] = PyTuple_GetItem(outs, k);
+    if (read_sweep(sweep, x, items, count, views) < 0)
         return -1;
-    if (views[X].ndim != 3)
-        return fail("spread: expected arrays of one shape, (outer, n, inner)");
-    sweep->outer = views[X].shape[0], sweep->n = views[X].shape[1], sweep->inner = views[X].shape[2];
-    if (read_plane(&sweep->x, &views[X], sweep->outer, sweep->n, sweep->inner) < 0)
-        return -1;
-    for (int k = 0; k < count; k++) {
-        Py_buffer *view = &views[FIRST_OUT + k];
-        if (PyObject_GetBuffer(PyTuple_GetItem(outs, k), view, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE) < 0
-            || read_plane(&s->out[k], view, sweep->outer, sweep->n, sweep->inner) < 0
-            || (sweep->outer && sweep->n && sweep->inner && check_apart(&views[X], view) < 0))
-            return -1;
-    }
     if (start == Py_None)
         return 0;
     return read_vector(&sweep->start, start, &views[START], sweep->outer * sweep->inner,
@@ -227,7 +230,7 @@ PyObject *py_spread(PyObject *module, PyObject *arguments)
                          &debias, &s->kind, &s->k, &s->unbiased, &threads)
         && read_arguments(s, x, outs, start, views) == 0 && read_lost(&s->sweep, lost) == 0)
         read = keep > 0.0 ? 0 : fail("spread: expected a step to keep something");
-    if (read == 0 && s->sweep.outer && s->sweep.n && s->sweep.inner) {
+    if (read == 0 && !is_empty(&s->sweep)) {
         prepare_shares(&s->sweep.post, lost, s->sweep.held, debias);
         prepare_shares(&s->factor, debias ? lost : lost * (2.0 - lost), 0.0, 1);
         s->scale = (debias ? 1.0 + keep : 1.0) / (2.0 * keep);
@@ -238,7 +241,7 @@ PyObject *py_spread(PyObject *module, PyObject *arguments)
         if (read < 0)
             PyErr_NoMemory();
     }
-    const int fit = s->unfit == 0;
+    const int fit = s->sweep.unfit == 0;
     release(views, VIEWS);
     PyMem_Free(s);
     return read < 0 ? NULL : PyBool_FromLong(fit);

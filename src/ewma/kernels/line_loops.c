@@ -1,14 +1,10 @@
-/* The loops of the scan along time, each compiled once for every instruction set, with the same bits from all of them.
+/* The loops over lines, whose steps lie side by side, each compiled once for every instruction set, with the same bits
+   from all of them.
 
-   A line, whose steps lie side by side, goes through registers of 8. What it is given is summed over windows of 2, 4, 8
-   and 16 steps, each value as faded as it then is; and every 16th sum is one recurrence, so 16 of them go on side by
-   side. Of columns, whose neighbours lie side by side, 64 at a time take one step after the other in registers. */
+   A line goes through registers of 8. What it is given is summed over windows of 2, 4, 8 and 16 steps, each value as
+   faded as it then is; and every 16th sum is one recurrence, so 16 of them go on side by side. */
 
 #include "scan.h"
-
-#ifdef MANY_INSTRUCTION_SETS
-#include <immintrin.h>
-#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* nothing here passes vectors to what is not inline */
@@ -50,15 +46,6 @@ INLINE void store(void *to, const Doubles *x, const Dtype dtype)
         memcpy(to, &narrow, sizeof narrow);
     } else
         memcpy(to, x, sizeof *x);
-}
-
-/* Asks for what is read soon: the processor's own guesses come too late for loops as long as these. */
-INLINE void fetch(const char *from, int size)
-{
-#if defined(__GNUC__)
-    for (int k = 0; k < size; k += 64)
-        __builtin_prefetch(from + k);
-#endif
 }
 
 /* Sums over windows of 1, 2, 4 and 8 steps, the last eight of each; and every 16th sum of all. */
@@ -128,7 +115,7 @@ INLINE void compare(Doubles *distance, const Doubles *u, const Doubles *before, 
 
 INLINE void spread_line(
     double *restrict rises, double *restrict spreads, const double *restrict u, int n, const double *restrict post,
-    const Fading *fading, Spread *state)
+    const Fading *fading, State *state)
 {
     const Fading near = *fading;
     Windows mean, spread;
@@ -188,57 +175,6 @@ INLINE void shares(double *restrict to, int n, double weight, double left, const
     }
 }
 
-/* Some vectors of columns. */
-INLINE void group(
-    char *restrict to, const char *restrict from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps,
-    double *restrict sums, const double *restrict base, const double *pre, const double *post, const Fading *fading,
-    const Dtype dtype, const int vectors)
-{
-    const double whole = fading->whole1, lost = fading->lost1;
-    const int size = LANES * (int)size_of(dtype);
-    Doubles sum[8], low[8];
-    for (int k = 0; k < vectors; k++)
-        sum[k] = load(sums + k * LANES, FLOAT64), low[k] = load(base + k * LANES, FLOAT64);
-    for (int t = 0; t < steps; t++, to += to_step, from += from_step) {
-        const double before = pre ? pre[t] : 1.0, after = post[t];
-        fetch(from + soon * from_step, vectors * size);
-        fetch(to + soon * to_step, vectors * size);
-        for (int k = 0; k < vectors; k++) {
-            const Doubles u = before * (load(from + k * size, dtype) - low[k]);
-            sum[k] = whole * sum[k] + (u - lost * sum[k]);
-            const Doubles result = low[k] + after * sum[k];
-            store(to + k * size, &result, dtype);
-        }
-    }
-    for (int k = 0; k < vectors; k++)
-        store(sums + k * LANES, &sum[k], FLOAT64);
-}
-
-INLINE void columns(
-    char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps, int n, double *sums,
-    const double *base, const double *pre, const double *post, const Fading *fading, const Dtype dtype)
-{
-    const int size = (int)size_of(dtype);
-    int i = 0;
-#define GROUPS(vectors)                                                                                            \
-    for (; n - i >= vectors * LANES; i += vectors * LANES)                                                         \
-        group(to + i * size, from + i * size, to_step, from_step, soon, steps, sums + i, base + i, pre, post, fading, \
-              dtype, vectors);
-    GROUPS(8)
-    GROUPS(4)
-    GROUPS(1)
-#undef GROUPS
-    for (; i < n; i++)
-        for (int t = 0; t < steps; t++) {
-            const double u = (pre ? pre[t] : 1.0) * (read_double(from + t * from_step, i, dtype) - base[i]);
-            sums[i] = fading->whole1 * sums[i] + (u - fading->lost1 * sums[i]);
-            if (dtype == FLOAT32)
-                ((float *)(to + t * to_step))[i] = (float)(base[i] + post[t] * sums[i]);
-            else
-                ((double *)(to + t * to_step))[i] = base[i] + post[t] * sums[i];
-        }
-}
-
 /* Steps of 1 and -1 are told to the compiler, which has vectors for them. */
 
 INLINE void read_steps(double *restrict u, const char *from, int n, ptrdiff_t step, double base, const Dtype dtype)
@@ -275,75 +211,16 @@ INLINE void write_steps(
             write_double(to + i * step * size, 0, base + (post ? post[i] : 1.0) * y[i], dtype);
 }
 
-INLINE void extremes(double *restrict low, double *restrict high, const char *from, int n, int begins, const Dtype dtype)
-{
-    INDEPENDENT
-    for (int i = 0; i < n; i++) {
-        const double x = read_double(from, i, dtype);
-        low[i] = begins || x < low[i] ? x : low[i];
-        high[i] = begins || x > high[i] ? x : high[i];
-    }
-}
-
-/* Copies whole cache lines without fetching first what they held. */
-INLINE void copy_lines(char *to, const char *from, size_t size, void (*copy_line)(char *to, const char *from))
-{
-    enum { LINE = 64 };
-    const size_t ahead = (size_t)(-(uintptr_t)to % LINE), head = ahead < size ? ahead : size;
-    size_t done = head;
-    memcpy(to, from, head);
-    for (; size - done >= LINE; done += LINE)
-        copy_line(to + done, from + done);
-    memcpy(to + done, from + done, size - done);
-}
-
-#ifdef MANY_INSTRUCTION_SETS
-TARGET_AVX512 INLINE void copy_line_avx512(char *to, const char *from)
-{
-    _mm512_stream_si512((void *)to, _mm512_loadu_si512(from));
-}
-
-TARGET_AVX2 INLINE void copy_line_avx2(char *to, const char *from)
-{
-    for (int k = 0; k < 64; k += 32)
-        _mm256_stream_si256((__m256i *)(to + k), _mm256_loadu_si256((const __m256i *)(from + k)));
-}
-#endif
-
-INLINE void copy_line_baseline(char *to, const char *from)
-{
-#ifdef MANY_INSTRUCTION_SETS
-    for (int k = 0; k < 64; k += 16)
-        _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
-#else
-    memcpy(to, from, 64);
-#endif
-}
-
-/* One copy of each loop for each dtype. */
-
-#define BY_DTYPE(CALL)                                                                                             \
-    switch (dtype) {                                                                                               \
-    case FLOAT32: CALL(FLOAT32); break;                                                                            \
-    case FLOAT64: CALL(FLOAT64); break;                                                                            \
-    case BFLOAT16: CALL(BFLOAT16); break;                                                                          \
-    default: CALL(FLOAT16);                                                                                        \
-    }
-
 #define COMPILE(version, TARGET)                                                                                   \
     TARGET static void read_##version(                                                                             \
         double *u, const char *from, int n, ptrdiff_t step, double base, Dtype dtype)                              \
     {                                                                                                              \
-        BY_DTYPE(READ)                                                                                             \
+        BY_DTYPE(dtype, READ)                                                                                      \
     }                                                                                                              \
     TARGET static void write_##version(                                                                            \
         char *to, const double *y, int n, ptrdiff_t step, double base, const double *post, Dtype dtype)            \
     {                                                                                                              \
-        BY_DTYPE(WRITE)                                                                                            \
-    }                                                                                                              \
-    TARGET static void extremes_##version(double *low, double *high, const char *from, int n, int begins, Dtype dtype) \
-    {                                                                                                              \
-        BY_DTYPE(EXTREMES)                                                                                         \
+        BY_DTYPE(dtype, WRITE)                                                                                     \
     }                                                                                                              \
     TARGET static double line_##version(                                                                           \
         char *to, const char *from, int n, double base, double sum, const double *post, const Fading *fading,      \
@@ -356,7 +233,7 @@ INLINE void copy_line_baseline(char *to, const char *from)
     }                                                                                                              \
     TARGET static void spread_##version(                                                                           \
         double *rises, double *spreads, const double *u, int n, const double *post, const Fading *fading,          \
-        Spread *state)                                                                                             \
+        State *state)                                                                                             \
     {                                                                                                              \
         spread_line(rises, spreads, u, n, post, fading, state);                                                    \
     }                                                                                                              \
@@ -372,43 +249,19 @@ INLINE void copy_line_baseline(char *to, const char *from)
         return dtype == FLOAT32 ? reach(from, n, base, sum, fading, FLOAT32)                                       \
                                 : reach(from, n, base, sum, fading, FLOAT64);                                      \
     }                                                                                                              \
-    TARGET static void columns_##version(                                                                          \
-        char *to, const char *from, ptrdiff_t to_step, ptrdiff_t from_step, int soon, int steps, int n,     \
-        double *sums, const double *base, const double *pre, const double *post, const Fading *fading, Dtype dtype) \
-    {                                                                                                              \
-        if (dtype == FLOAT32)                                                                                      \
-            columns(to, from, to_step, from_step, soon, steps, n, sums, base, pre, post, fading, FLOAT32);        \
-        else                                                                                                       \
-            columns(to, from, to_step, from_step, soon, steps, n, sums, base, pre, post, fading, FLOAT64);        \
-    }                                                                                                              \
     TARGET static void shares_##version(                                                                           \
         double *to, int n, double weight, double left, const double *ramp, double keep)                            \
     {                                                                                                              \
         shares(to, n, weight, left, ramp, keep);                                                                   \
-    }                                                                                                              \
-    TARGET static void copy_##version(char *to, const char *from, size_t size)                                     \
-    {                                                                                                              \
-        copy_lines(to, from, size, copy_line_##version);                                                           \
     }
 
 #define READ(dtype) read_steps(u, from, n, step, base, dtype)
 #define WRITE(dtype) write_steps(to, y, n, step, base, post, dtype)
-#define EXTREMES(dtype) extremes(low, high, from, n, begins, dtype)
 
-COMPILE(baseline, )
-#ifdef MANY_INSTRUCTION_SETS
-COMPILE(avx2, TARGET_AVX2)
-COMPILE(avx512, TARGET_AVX512)
-#endif
+EACH_VERSION(COMPILE)
 
 #define OF(version)                                                                                                \
-    {read_##version, write_##version, line_##version, spread_##version, spread_results_##version, reach_##version, columns_##version, extremes_##version,      \
-     shares_##version, copy_##version}
+    {read_##version, write_##version, line_##version, spread_##version, spread_results_##version, reach_##version, \
+     shares_##version}
 
-const Loops LOOPS[VERSION_COUNT] = {
-#ifdef MANY_INSTRUCTION_SETS
-    [AVX512] = OF(avx512),
-    [AVX2] = OF(avx2),
-#endif
-    [BASELINE] = OF(baseline),
-};
+const LineLoops LINE[VERSION_COUNT] = OF_EACH_VERSION(OF);

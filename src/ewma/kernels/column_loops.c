@@ -1,0 +1,124 @@
+/* The loops over columns, whose neighbours lie side by side, each compiled once for every instruction set, with the
+   same bits from all of them: what is carried lies in the nearest cache, and compilers make vectors of neighbours. */
+
+#include "around.h"
+
+INLINE void extremes(
+    double *restrict low, double *restrict high, const char *from, int n, int begins, const Dtype dtype)
+{
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const double x = read_double(from, i, dtype);
+        low[i] = begins || x < low[i] ? x : low[i];
+        high[i] = begins || x > high[i] ? x : high[i];
+    }
+}
+
+/* Where results are made: where they belong, or in a room until the row is whole. */
+INLINE char *made_at(const Tile *tile, int k, int t, char *room)
+{
+    return tile->around ? room : tile->to[k] + t * tile->to_step[k];
+}
+
+INLINE void give(const Tile *tile, int k, int t, const char *room, const Dtype dtype)
+{
+    if (tile->around)
+        write_around(tile->to[k] + t * tile->to_step[k], room, (size_t)tile->width * size_of(dtype));
+}
+
+INLINE void mean(const Tile *tile, States *states, const double *pre, const Fading *fading, const Dtype dtype)
+{
+    const double whole = fading->whole1, lost = fading->lost1;
+    const double *restrict base = states->base + tile->column;
+    double *restrict sums = states->sum + tile->column;
+    double room[WIDE];
+    for (int t = 0; t < tile->steps; t++) {
+        const double before = pre ? pre[t] : 1.0, after = tile->post[t];
+        const char *restrict from = tile->from + t * tile->from_step;
+        char *restrict to = made_at(tile, 0, t, (char *)room);
+        fetch(from + tile->soon * tile->from_step, tile->width * (int)size_of(dtype));
+        INDEPENDENT
+        for (int i = 0; i < tile->width; i++) {
+            const double u = before * (read_double(from, i, dtype) - base[i]);
+            const double sum = whole * sums[i] + (u - lost * sums[i]);
+            sums[i] = sum;
+            write_double(to, i, base[i] + after * sum, dtype);
+        }
+        give(tile, 0, t, (char *)room, dtype);
+    }
+}
+
+/* The mean is there before the spread is. */
+INLINE void spread(
+    const Tile *tile, States *states, const double *factors, const Kind kind, double k, const Fading *fading,
+    const Dtype dtype)
+{
+    const double whole = fading->whole1, lost = fading->lost1;
+    const double *restrict base = states->base + tile->column;
+    double *restrict sums = states->sum + tile->column, *restrict rises = states->rise + tile->column;
+    double *restrict spreads = states->spread + tile->column, *restrict hidden = states->hidden + tile->column;
+    double rooms[OUTS][WIDE];
+    for (int t = 0; t < tile->steps; t++) {
+        const double share = tile->post[t], factor = factors[t];
+        const char *restrict from = tile->from + t * tile->from_step;
+        char *restrict first = made_at(tile, 0, t, (char *)rooms[0]);
+        char *restrict second = kind == BANDS ? made_at(tile, 1, t, (char *)rooms[1]) : NULL;
+        char *restrict third = kind == BANDS ? made_at(tile, 2, t, (char *)rooms[2]) : NULL;
+        fetch(from + tile->soon * tile->from_step, tile->width * (int)size_of(dtype));
+        INDEPENDENT
+        for (int i = 0; i < tile->width; i++) {
+            const double u = read_double(from, i, dtype) - base[i], d = u - rises[i];
+            const double sum = whole * sums[i] + (u - lost * sums[i]), rise = share * sum;
+            const double fading_spread = whole * spreads[i] + (d * ((1.0 - share) * d) - lost * spreads[i]);
+            sums[i] = sum;
+            rises[i] = rise;
+            spreads[i] = fading_spread;
+            hidden[i] += HIDDEN * HIDDEN * d * d < rise * rise ? 1.0 : 0.0;
+            const double variance = factor * fading_spread, width = kind == VARIANCE ? variance : sqrt(variance);
+            if (kind == BANDS) {
+                write_double(first, i, base[i] + (rise - k * width), dtype);
+                write_double(second, i, base[i] + rise, dtype);
+                write_double(third, i, base[i] + (rise + k * width), dtype);
+            } else
+                write_double(first, i, width, dtype);
+        }
+        for (int k = 0; k < (kind == BANDS ? OUTS : 1); k++)
+            give(tile, k, t, (char *)rooms[k], dtype);
+    }
+}
+
+/* One copy of each loop for each dtype. */
+
+#define EXTREMES(dtype) extremes(low, high, from, n, begins, dtype)
+#define MEANS(dtype) mean(tile, states, pre, fading, dtype)
+#define VARIANCES(dtype) spread(tile, states, factors, VARIANCE, k, fading, dtype)
+#define DEVIATIONS(dtype) spread(tile, states, factors, DEVIATION, k, fading, dtype)
+#define ALL_BANDS(dtype) spread(tile, states, factors, BANDS, k, fading, dtype)
+
+#define COMPILE(version, TARGET)                                                                                   \
+    TARGET static void extremes_##version(                                                                         \
+        double *low, double *high, const char *from, int n, int begins, Dtype dtype)                               \
+    {                                                                                                              \
+        BY_DTYPE(dtype, EXTREMES)                                                                                  \
+    }                                                                                                              \
+    TARGET static void mean_##version(const Tile *tile, States *states, const double *pre, const Fading *fading)   \
+    {                                                                                                              \
+        BY_DTYPE(tile->dtype, MEANS)                                                                               \
+    }                                                                                                              \
+    TARGET static void spread_##version(                                                                           \
+        const Tile *tile, States *states, const double *factors, Kind kind, double k, const Fading *fading)        \
+    {                                                                                                              \
+        if (kind == VARIANCE) {                                                                                    \
+            BY_DTYPE(tile->dtype, VARIANCES)                                                                       \
+        } else if (kind == DEVIATION) {                                                                            \
+            BY_DTYPE(tile->dtype, DEVIATIONS)                                                                      \
+        } else {                                                                                                   \
+            BY_DTYPE(tile->dtype, ALL_BANDS)                                                                       \
+        }                                                                                                          \
+    }
+
+EACH_VERSION(COMPILE)
+
+#define OF(version) {extremes_##version, mean_##version, spread_##version}
+
+const ColumnLoops COLUMNS[VERSION_COUNT] = OF_EACH_VERSION(OF);
