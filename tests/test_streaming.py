@@ -516,6 +516,26 @@ def test_variance_value_by_value_is_ewms(way: Way, run: Run, rule: dict):
             close(ema.var(), expected[..., t], max(largest(xs), 2.5) ** 2, 1e-13)
 
 
+@each_way
+def test_of_what_is_forgotten_no_digit_stays(way: Way):
+    xs, ema = way.whole(np.array([3.0, 0.1, 7.0, 1e-30])), EMA(alpha=1.0)
+    for t in range(4):
+        ema.update(way.value(xs, t))
+        np.testing.assert_array_equal(double(ema.get()), double(way.value(xs, t)))
+        assert not double(ema.var(unbiased=False)).any()
+
+
+@each_way
+@pytest.mark.parametrize("value", [NAN, INF, 1.7e308], ids=str)
+def test_one_odd_element_among_values_one_by_one(way: Way, value: float):
+    xs = way.whole(np.array([1.0, -2.0, 3.0, value, -value, 5.0, 4.0, -1.0]))
+    ema, expected = EMA(half_life=2), double(ewma.smooth(xs, half_life=2))
+    for t in range(8):
+        ema.update(way.value(xs, t))
+        close(ema.get(), expected[..., t], largest(xs), 1e-14)
+    assert ema.skipped == (0 if math.isfinite(value) else 2 * double(way.value(xs, 0)).size)
+
+
 @several_ways
 def test_an_offset_costs_the_variance_nothing(way: Way):
     x = 1e4 + np.random.default_rng(9).normal(size=400)

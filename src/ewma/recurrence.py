@@ -16,6 +16,9 @@ from ewma.profiles import Exponential, Profile, Scalar, Uniform, choose
 
 Weigh = Literal["time", "value"]
 
+NEAR = 0.9
+"""A value of a larger share is where the new mean is taken from, so that what is forgotten leaves nothing."""
+
 
 def weighing(profile: Profile, weigh: Weigh | None) -> Weigh:
     """The rule asked for; by default by value (pandas') where the profile has one, else by time."""
@@ -232,6 +235,16 @@ class Moments:
 
     def update(self, x: float, elapsed: float = 1.0) -> None:
         """Take in one finite value that comes `elapsed` after the last."""
+        share, past = self.step(elapsed)
+        difference = x - self.mean
+        self.biased = past * (self.biased + share * (difference * difference)) if past else 0.0
+        if -math.inf < difference < math.inf:
+            self.mean = x - past * difference if share > NEAR else self.mean + share * difference
+        else:
+            self.mean = (1.0 - share) * self.mean + share * x
+
+    def step(self, elapsed: float) -> tuple[float, float]:
+        """Move on by one value, to be taken in by the caller: what it weighs in the mean, and what the past does."""
         if elapsed != self.elapsed or not self.steady:
             self._look_up(elapsed)
         keep, lost, gain = self.terms
@@ -259,12 +272,7 @@ class Moments:
         self.time += elapsed
         self.seen += elapsed
         self.count += 1.0
-        difference = x - self.mean
-        self.biased = past * (self.biased + share * (difference * difference)) if past else 0.0
-        if -math.inf < difference < math.inf:
-            self.mean += share * difference
-        else:
-            self.mean = (1.0 - share) * self.mean + share * x
+        return share, past
 
     def miss(self, elapsed: float, decay: bool) -> None:
         """Leave out a value: as if its step had not been, or, by `decay`, with the past forgotten further."""

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ewma.arrays import Array, empty, full, is_tensor, like, module_of, wide
+from ewma import recurrence
+from ewma.arrays import Array, empty, full, is_tensor, like, may_ask, module_of, wide
 from ewma.cells.terms import Terms, raise_for_missing
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 VARIANCE: tuple[Pair, ...] = ((0, 0),)
 JOINT: tuple[Pair, ...] = ((0, 0), (0, 1), (1, 1))
+COMMON = ("time", "weight", "residue", "pairs", "count", "seen")
+"""The numbers that tell what values weigh: the same for all elements, until one of them is missing."""
 
 
 class Arrays:
@@ -33,6 +36,8 @@ class Arrays:
 
         self.terms, self.kind = terms, kind
         self.moments: Moments = Moments(terms.rule, wanted)
+        assert terms.rule.profile is not None
+        self.common = recurrence.Moments(terms.rule.profile, terms.rule.weigh, terms.rule.debias)
         self.shape: tuple[int, ...] | None = None
         self.dtype: Any = None
         self.device: Any = None
@@ -71,12 +76,39 @@ class Arrays:
     def update(self, x: Array, elapsed: float, timed: bool, *others: Array) -> None:
         """Take in one value, and what belongs to it; `timed` where the times of values are known."""
         self.begin(x, tuple(x.shape))
+        if not others and self._step(x, elapsed, timed):
+            return
         passed = None
         if elapsed != 1.0:
             from ewma import columns
 
             passed = columns.ones(1) * elapsed
         self._take([wide(one).reshape(1, 1, -1) for one in (x, *others)], passed, timed, [])
+
+    def _step(self, x: Array, elapsed: float, timed: bool) -> bool:
+        """Take in one value as a float is, where all elements weigh the same; False where they do not, or would not."""
+        from ewma.sweep import quietly
+
+        moments, common = self.moments, self.common
+        numbers = [getattr(moments, name) for name in COMMON]
+        begun = moments.means and (moments.begun or moments.count > 0.0)
+        if not (all(isinstance(number, float) for number in numbers) and begun and may_ask(x)):
+            return False
+        for name, number in zip(COMMON, numbers, strict=True):
+            setattr(common, name, number)
+        common.timed = timed
+        share, past = common.step(elapsed)
+        with self._normal(), quietly(x):
+            x, mean = wide(x).reshape(1, 1, -1), moments.means[0]
+            distance = x - mean
+            spread = past * (moments.spreads[0, 0] + share * (distance * distance))
+            if not math.isfinite(spread.sum()):
+                return False
+            mean = x - past * distance if share > recurrence.NEAR else mean + share * distance
+            moments.means, moments.spreads = (mean,), {(0, 0): spread}
+        for name in COMMON:
+            setattr(moments, name, getattr(common, name))
+        return True
 
     def extend(self, series: Series, elapsed: Any, timed: bool, *others: Array) -> Array:
         """Take in a chunk; its running mean."""
