@@ -58,13 +58,13 @@ def empty(x: Array, dtype: Any) -> Array:
     if not is_tensor(x):
         return sys.modules["numpy"].empty(x.shape, dtype)
     torch = sys.modules["torch"]
-    narrow = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}
-    plain = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not torch.compiler.is_compiling()
-    if plain and x.is_cpu and x.numel() * dtype.itemsize >= HUGE and dtype in narrow:
-        import numpy
+    if not torch.compiler.is_compiling() and x.numel() * dtype.itemsize >= HUGE and x.is_cpu:
+        narrow = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16"}.get(dtype)
+        if narrow and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+            import numpy
 
-        return torch.from_numpy(numpy.empty(tuple(x.shape), narrow[dtype]))
-    return x.new_empty(x.shape, dtype=dtype)
+            return torch.from_numpy(numpy.empty(tuple(x.shape), narrow))
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def full(x: Array, shape: tuple[int, ...], value: float) -> Array:
@@ -76,7 +76,10 @@ def full(x: Array, shape: tuple[int, ...], value: float) -> Array:
 
 def needs_gradient(*arrays: Any) -> bool:
     """Whether any of these is a tensor that autograd is to see."""
-    return any(is_tensor(x) and x.requires_grad for x in arrays) and bool(sys.modules["torch"].is_grad_enabled())
+    for x in arrays:
+        if is_tensor(x) and x.requires_grad:
+            return bool(sys.modules["torch"].is_grad_enabled())
+    return False
 
 
 def may_ask(x: Array) -> bool:

@@ -15,28 +15,32 @@ def refuse(out: Any) -> None:
 
 def check(series: Series, out: Any) -> Array:
     """Where to write: `out` itself, or room of its own where out is not one stretch of memory or shares some of x's."""
-    x = series.array
-    if is_tensor(out) != is_tensor(x) or not (is_tensor(out) or isinstance(out, module_of(x).ndarray)):
+    x, tensor = series.array, is_tensor(series.array)
+    if not (is_tensor(out) if tensor else isinstance(out, module_of(x).ndarray)):
         raise TypeError(f"expected out to be an array or a tensor, as x is; got {type(out).__name__}")
-    if tuple(out.shape) != tuple(x.shape):
+    if out.shape != x.shape:
         raise ValueError(f"expected out of x's shape, {list(x.shape)}; got {list(out.shape)}")
-    if is_tensor(out):
-        if not out.is_floating_point() or out.device != x.device:
-            raise TypeError(f"expected out of a floating dtype on {x.device}; got {out.dtype} on {out.device}")
-        if out.requires_grad:
-            raise ValueError("out needs a gradient, and cannot be written in place: give out.detach()")
-        simple = (
-            out.is_contiguous()
-            and not out._is_view()
-            and (out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or out is x)
-        )
-    else:
-        if out.dtype.kind != "f":
-            raise TypeError(f"expected out of a floating dtype; got {out.dtype}")
-        if not out.flags.writeable:
-            raise ValueError("expected out to be writeable; got a read-only array")
-        simple = out.flags.c_contiguous and (out is x or not module_of(x).may_share_memory(out, x))
-    return out if simple else empty(series.array, series.floating)
+    simple = _simple_tensor(x, out) if tensor else _simple_array(x, out)
+    return out if simple else empty(x, series.floating)
+
+
+def _simple_array(x: Any, out: Any) -> bool:
+    if out.dtype.kind != "f":
+        raise TypeError(f"expected out of a floating dtype; got {out.dtype}")
+    flags = out.flags
+    if not flags.writeable:
+        raise ValueError("expected out to be writeable; got a read-only array")
+    return bool(flags.c_contiguous and (out is x or not module_of(x).may_share_memory(out, x)))
+
+
+def _simple_tensor(x: Any, out: Any) -> bool:
+    if not out.is_floating_point() or out.device != x.device:
+        raise TypeError(f"expected out of a floating dtype on {x.device}; got {out.dtype} on {out.device}")
+    if out.requires_grad:
+        raise ValueError("out needs a gradient, and cannot be written in place: give out.detach()")
+    if not out.is_contiguous() or out._is_view():
+        return False
+    return out is x or bool(out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr())
 
 
 def give(series: Series, made: Array, out: Any) -> Any:
