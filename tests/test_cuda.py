@@ -281,7 +281,7 @@ def test_a_graph_of_the_hosts_clock_is_refused(which: str) -> None:
 
 @on_cuda
 @with_triton
-@pytest.mark.parametrize("how", [{}, {"debias": False}, {"min_periods": 3}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"debias": False}, {"min_periods": 3}, {"nan": "decay"}], ids=str)
 def test_smooth_in_a_graph(how: dict[str, Any]) -> None:
     x = series(2, N, dtype=f32).cuda()
     out = torch.empty_like(x)

@@ -151,8 +151,20 @@ def test_sums_beyond_the_widest_float(lost: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [f32, f64], ids=str)
-@pytest.mark.parametrize("rule", [{}, {"debias": False}, {"nan": "propagate"}, {"initial": 7.0}], ids=str)
-@pytest.mark.parametrize("alpha", [1e-6, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"debias": False},
+        {"nan": "propagate"},
+        {"initial": 7.0},
+        {"initial": 7.0, "min_periods": 0},
+        {"min_periods": 7},
+        {"min_periods": 3, "debias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("alpha", [1e-9, 0.3, 1.0])
 def test_what_is_missing_is_left_out(
     monkeypatch: pytest.MonkeyPatch, alpha: float, rule: dict[str, Any], dtype: torch.dtype
 ) -> None:
@@ -243,16 +255,14 @@ def test_smooth_comes_here(monkeypatch: pytest.MonkeyPatch, calls: list[Any], ho
     torch.testing.assert_close(out.float(), made)
 
 
-@pytest.mark.parametrize(
-    "how", [{"min_periods": 3}, {"nan": "decay"}, {"times": range(20)}, {"initial": 2.0, "min_periods": 0}], ids=str
-)
+@pytest.mark.parametrize("how", [{"alpha": 0.9, "min_periods": 15}, {"nan": "decay"}, {"times": range(20)}], ids=str)
 def test_what_is_not_for_it_goes_another_way(
     monkeypatch: pytest.MonkeyPatch, calls: list[Any], how: dict[str, Any]
 ) -> None:
-    x = normal(3, 20, dtype=f32)
-    made = ewma.smooth(x, alpha=0.1, dim=1, **how)
+    x, how = normal(3, 20, dtype=f32), {"alpha": 0.1} | how
+    made = ewma.smooth(x, dim=1, **how)
     assert not calls
-    right = by_torch(monkeypatch, x, alpha=0.1, **how)
+    right = by_torch(monkeypatch, x, **how)
     torch.testing.assert_close(made, right, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
@@ -261,6 +271,14 @@ def test_integers_and_empty_series(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ewma.smooth(x, alpha=0.1), by_torch(monkeypatch, x, alpha=0.1))
     for shape in ((0,), (3, 0), (0, 3)):
         assert ewma.smooth(torch.empty(shape, device=DEVICE), alpha=0.1).shape == shape
+
+
+def test_how_many_values_can_be_told_from_what_is_seen() -> None:
+    for lost, most in ((0.0, 10**15), (1e-9, 10**8), (0.3, 50), (0.9, 9), (1.0, 1)):
+        assert triton_mean.tells(0, lost)
+        assert triton_mean.tells(most, lost)
+    for lost, more in ((1e-6, 3 * 10**7), (0.3, 90), (0.9, 12), (1.0, 2)):
+        assert not triton_mean.tells(more, lost)
 
 
 class Sizes(TorchDispatchMode):

@@ -44,9 +44,10 @@ def mean(rule: Rule, start: Array | None, x: Array, out: Array, untouched: bool,
         return False
     given = x, out, start, _held(rule, terms), terms.lost, rule.debias
     made: bool | None = None if kernel is None else kernel.mean(*given, untouched)
-    if made is None and needed == 1 and rule.missing != "decay" and (kernel := kernels.on_device(x, out, start)):
-        kernel.mean(*given, skips=rule.missing != "propagate")
-        return True
+    if made is None and rule.missing != "decay" and (kernel := kernels.on_device(x, out, start)):
+        made = kernel.tells(needed, terms.lost)
+        if made:
+            kernel.mean(*given, skips=rule.missing != "propagate", needed=needed)
     return bool(made)
 
 

@@ -22,7 +22,7 @@ from ewma.kernels.triton_numbers import DTYPES, capturing, count, finite, halves
 from ewma.kernels.triton_scan import LEAST, Shares, serves
 from ewma.kernels.triton_tiles import TILE, WARPS, at, known, last, plan, read_tile, roughly_then, then, write_tile
 
-__all__ = ["linear", "mean", "remembering", "serves"]
+__all__ = ["linear", "mean", "remembering", "serves", "tells"]
 
 FEW = tl.constexpr(16)
 """Of how many values the size of a series is told."""
@@ -104,6 +104,7 @@ def _mean(
     held,
     rest,
     share,
+    least,
     x_strides,
     out_strides,
     X: tl.constexpr,
@@ -161,7 +162,7 @@ def _mean(
                     made /= number(held[0], held[1]) + by_now * number(rest[0], rest[1])
                 else:
                     made *= number(share[0], share[1])
-                made = tl.where(by_now > 0.0, made, float("nan"))
+                made = tl.where(by_now > number(least[0], least[1]), made, float("nan"))
             else:
                 made *= number(share[0], share[1])
             write_tile(at(out, lane, inner, t, out_strides), inside, whole, made + origin[None, :], OUT)
@@ -172,6 +173,14 @@ def _mean(
         tl.store(out + 2 * size + place, y, mask=there)
 
 
+def tells(needed: int, lost: float) -> bool:
+    """Whether so many values can be told from one less by what is seen of their weight."""
+    if needed <= 1 or lost in (0.0, 1.0):
+        return needed <= 1 or lost == 0.0
+    seen = -math.expm1(needed * math.log1p(-lost))
+    return lost * (1.0 - seen) > 1e-11 * seen
+
+
 def mean(
     x: Tensor,
     out: Tensor,
@@ -180,6 +189,7 @@ def mean(
     lost: float,
     debias: bool,
     skips: bool = True,
+    needed: int = 1,
     missed: Tensor | None = None,
 ) -> None:
     """Write the running mean of every series, from its first step on.
@@ -191,7 +201,8 @@ def mean(
         lost: what each step takes from what was.
         debias: whether a mean is divided by the weight so far; otherwise that is 1 / lost throughout.
         skips: whether a value that is not finite leaves all as it is; otherwise all is NaN from there on.
-        missed: an int64 to which their number is added.
+        needed: how many values must have been observed, or the mean is NaN; see `tells`.
+        missed: an int64 to which the number of those that are not finite is added.
     """
     if not x.numel():
         return
@@ -200,7 +211,9 @@ def mean(
     (outer, n, inner), lanes, (time, width, abreast, segments, length) = x.shape, x.shape[0] * x.shape[2], plan(x)
     lost = max(lost, LEAST)
     small = 2.0 ** -math.ceil(math.log2(held + min(n, 1.0 / lost))) if x.dtype == torch.float64 else 1.0
-    given = (lost, small, held * small, (1.0 / lost - held) * small, lost / small)
+    # Between what is seen with one value less, and with them all.
+    least = needed - 0.5 if lost == 1.0 else -math.expm1((needed - 0.5) * math.log1p(-lost))
+    given = (lost, small, held * small, (1.0 / lost - held) * small, lost / small, least)
     numbers = [halves(each, x.device) for each in given]
     (x_at, x_strides), (out_at, out_strides) = known(x), known(out)
     tile = {"X": DTYPES[x.dtype], "TIME": time, "LANES": width, "num_warps": WARPS}
