@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ewma import kernels, offload
+from ewma.kernels.layout import parts_of
 from ewma.kernels.noise import GOLDEN, MASK, word
 from ewma.names import Named, named_tensors
 from ewma.places import watch
@@ -76,7 +77,7 @@ class Policy:
         average = local(average)
         average.copy_(local(tensor))
         if self.guard:
-            _real(average).nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan)
+            parts_of(average).nan_to_num_(nan=math.nan, posinf=math.nan, neginf=math.nan)
 
     def average_dtype(self, tensor: Tensor) -> torch.dtype:
         if self.dtype != "auto" and not tensor.is_complex():
@@ -271,8 +272,8 @@ class Binding:
             kind = (named.tensor.dtype, named.tensor.device, average.dtype, average.device, away, steady)
             groups.setdefault((clocks, kind), []).append(named)
         for (clocks, (*_, away, steady)), group in groups.items():
-            averages = [[_real(local(track.averages[named.name])) for named in group] for track in self.tracks]
-            values = [_real(local(named.tensor)) for named in group]
+            averages = [[parts_of(local(track.averages[named.name])) for named in group] for track in self.tracks]
+            values = [parts_of(local(named.tensor)) for named in group]
             streams = [_stream(named) for named in group]
             update: kernels.Lerp
             if away:
@@ -312,10 +313,6 @@ def _stalls(dtype: torch.dtype, coefficient: Any, clock: Recurrence, at_most: fl
     # Only the device knows the coefficient: go by the smallest that it can come to.
     profile = clock.profile
     return not isinstance(profile, Exponential) or -math.expm1(-profile.rate * at_most) < ROUNDED_BELOW
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _check(named: Named) -> None:

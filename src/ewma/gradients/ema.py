@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal, Self
 
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from ewma import files, hooks, kernels, profiles
-from ewma.gradients import noise
+from ewma.gradients.measures import Measured
 from ewma.gradients.owners import Owner, Owners
 from ewma.gradients.resuming import check
+from ewma.kernels.layout import parts_of
 from ewma.names import mismatch
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
-from ewma.shards import local, summed
+from ewma.shards import local
 from ewma.tracks import Track, refuse_capture
 
 
-class GradientEMA:
+class GradientEMA(Measured):
     """Sets each gradient to `raw * gradient + slow * average` just before every optimizer step.
 
         average' = average + c * (gradient - average)       c = gain / weight of the profile, right from the first step
@@ -180,52 +181,6 @@ class GradientEMA:
         self.squares = None if self.squares is None else {}
         self.seen, self._skipped = 0, 0
 
-    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and average of each gradient so far. These are the averages themselves: clone one to keep it."""
-        yield from self.track.averages.items()
-
-    def norm(self) -> Tensor:
-        """The norm of the slow gradient over all parameters: a 0-dim float64 tensor, not waited for. Collective where
-        parameters are sharded."""
-        return sum((self._square(average) for average in self._seen_averages().values()), start=_zero()).sqrt()
-
-    def cosine(self) -> Tensor:
-        """The cosine between the slow gradient and the one that is there now: ask after backward, before the step."""
-        across, size = _zero(), _zero()
-        averages = self._seen_averages()
-        for (name, parameter), gradient in zip(*self.owners.present(), strict=True):
-            if name in averages:
-                across = across + noise.product(gradient, averages[name], parameter)
-                size = size + noise.product(gradient, gradient, parameter)
-        return across / (size.sqrt() * self.norm())
-
-    def noise_scale(self, batch_size: float) -> Tensor:
-        """The simple noise scale: at how many samples a batch's gradient is as noisy as it is large.
-
-            tr(S) / |G|^2 = batch_size * (V - M) / (M - q V)      M = |average|^2, V = sum of the averages of squares
-
-        q is the sum of the squared weights of all steps. Both estimates are ratios' parts, averaged each on its own.
-
-        Args:
-            batch_size: samples behind each gradient, over all ranks and accumulated batches.
-
-        Needs squares=True. Right where the gradient drifts little within the half-life; noisy below half-lives of
-        some 30 steps. A 0-dim float64 tensor, not waited for. Source: McCandlish et al. 2018, arXiv 1812.06162,
-        appendix A. Beside it: `NoiseScale` for who has gradients of two batch sizes.
-        """
-        signal, spread = _zero(), _zero()
-        for mean, square, concentration in self._moments().values():
-            signal = signal + (mean - concentration * square) / (1.0 - concentration)
-            spread = spread + (square - mean) / (1.0 - concentration)
-        return batch_size * spread / signal
-
-    def snr(self) -> dict[str, Tensor]:
-        """The signal-to-noise ratio of each parameter's gradient, `|G|^2 / tr(S of a batch)`: 0-dim float64 tensors.
-
-        Needs squares=True; NaN until two steps were seen.
-        """
-        return {name: (mean - q * square) / (square - mean) for name, (mean, square, q) in self._moments().items()}
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming bit for bit needs: tensors, numbers and strings only, by name."""
         return {
@@ -292,7 +247,7 @@ class GradientEMA:
             refuse_capture(clocks.values(), "GradientEMA")
         coefficients = {number: clock.advance(elapsed) for number, clock in clocks.items()}
         for clock, filtering, places in self._plan:
-            mine = [_real(gradients[place]) for place in places]
+            mine = [parts_of(gradients[place]) for place in places]
             filtering(mine, coefficients[id(clock)], raw, slow, factor, taken)
         self.track.updated = True
         self.seen += 1
@@ -325,8 +280,8 @@ class GradientEMA:
             groups.setdefault(kind, []).append(place)
         for places in groups.values():
             names = [present[place][0] for place in places]
-            averages = [_real(local(self.track.averages[name])) for name in names]
-            squares = None if self.squares is None else [_real(local(self.squares[name])) for name in names]
+            averages = [parts_of(local(self.track.averages[name])) for name in names]
+            squares = None if self.squares is None else [parts_of(local(self.squares[name])) for name in names]
             filtering = kernels.filter(averages, squares, self.guard)
             self._plan.append((self.track.clock_of(names[0]), filtering, places))
 
@@ -347,31 +302,6 @@ class GradientEMA:
         self._skipped = self._skipped + sum((filtering.skipped for _, filtering, _ in self._plan), start=0)
         self._plan, self._signature = [], None
 
-    def _seen_averages(self) -> dict[str, Tensor]:
-        if not self.track.averages:
-            raise RuntimeError("GradientEMA has seen no gradient yet; ask after the first optimizer step")
-        return self.track.averages
-
-    def _square(self, average: Tensor) -> Tensor:
-        return noise.product(local(average), local(average), average)
-
-    def _moments(self) -> dict[str, tuple[Tensor, Tensor, Any]]:
-        """Of each parameter |average|^2, the sum of the averages of squares, and the concentration of their weights."""
-        averages = self._seen_averages()
-        if self.squares is None:
-            raise RuntimeError(
-                "this needs the averages of the squared gradients, which were not kept: GradientEMA(..., squares=True)"
-            )
-        return {
-            name: (
-                self._square(average),
-                summed(torch.nansum(_real(local(self.squares[name])), dtype=torch.float64), average),
-                self.track.clock_of(name).concentration,
-            )
-            for name, average in averages.items()
-            if name in self.squares
-        }
-
 
 def _mix(raw: Any, slow: Any, normalize: bool) -> tuple[float, float]:
     for name, value in (("raw", raw), ("slow", slow)):
@@ -385,11 +315,3 @@ def _mix(raw: Any, slow: Any, normalize: bool) -> tuple[float, float]:
             f"nothing of a constant gradient to normalize by. Leave normalize out."
         )
     return float(raw) / float(raw + slow), float(slow) / float(raw + slow)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _zero() -> Tensor:
-    return torch.zeros((), dtype=torch.float64)
