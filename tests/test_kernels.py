@@ -284,6 +284,14 @@ def test_the_random_bits_repeat_and_differ_by_stream_and_word(kernel: ModuleType
 
 
 @each_kernel
+@pytest.mark.parametrize("c", [0.3, 0.7, 1e-4])
+@pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-9])
+def test_subnormal_float16_is_rounded_by_the_same_bits(kernel: ModuleType, c: float, scale: float) -> None:
+    value, old = scale * normal(10_000), (scale * normal(10_000, seed=1)).to(f16)
+    assert_updated(updated(kernel, value, old, c, 5), old, value, c, 5)
+
+
+@each_kernel
 @each_rounded
 @pytest.mark.parametrize("c", [1e-2, 1e-4, 1e-6])
 def test_rounding_is_unbiased(kernel: ModuleType, dtype: torch.dtype, c: float) -> None:

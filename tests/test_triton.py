@@ -61,10 +61,12 @@ def test_every_bit_is_the_compiled_kernels(value_dtype: torch.dtype, dtype: torc
     words = [None] * 4 if dtype == f64 else [None, 5, 2**32 - 1, None]
     values = [numbers(size, value_dtype, 1 + number) for number, size in enumerate(sizes)]
     values[3][[0, 5, 9]] = torch.tensor([NAN, INF, -INF]).to(value_dtype)
+    old = [[numbers(size, dtype, 10 * k + number) for number, size in enumerate(sizes)] for k in range(4)]
+    values[4][100:1000] *= 1e-6
     if guard:
         values[4][: len(LARGE)] = LARGE.to(value_dtype)
-    old = [[numbers(size, dtype, 10 * k + number) for number, size in enumerate(sizes)] for k in range(4)]
     for averages in old:
+        averages[4][100:500] *= 1e-5
         averages[4][::7] = NAN
         averages[3][[1, 5]] = torch.tensor([NAN, INF], dtype=dtype)
     results = []
