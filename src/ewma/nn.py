@@ -181,7 +181,7 @@ class Smooth(nn.Module):
                 f"nn.Smooth: expected one half-life, or one for each of {channels} channels; got shape "
                 f"{list(start.shape)}"
             )
-        if not bool(((start > 0) & torch.isfinite(start)).all()):
+        if not start.is_meta and not bool(((start > 0) & torch.isfinite(start)).all()):
             raise ValueError(f"nn.Smooth: half-lives must be finite and above 0, in steps; got {half_life}")
         self.dim, self.debias = dim, debias
         logarithm = start.log().expand(channels).clone()

@@ -254,7 +254,7 @@ class Bucket:
             sizes = [value.numel() for value in values]
             self.parts = [flat(value) for value in values]
             self.source = scratch[: sum(sizes)]
-            self.target = torch.empty(sum(sizes), dtype=scratch.dtype, pin_memory=pinned)
+            self.target = torch.empty(sum(sizes), dtype=scratch.dtype, device="cpu", pin_memory=pinned)
             pieces = zip(self.target.split(sizes), values, strict=True)
             self.copies = [piece.as_strided(value.shape, value.stride()) for piece, value in pieces]
 

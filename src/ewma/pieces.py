@@ -72,7 +72,7 @@ def write(
     if len(shards) > 1:
         names = [f"{path.stem}-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     written: dict[Path, str] = {}
-    room = torch.empty(8 * BLOCK, dtype=torch.uint8)
+    room = torch.empty(8 * BLOCK, dtype=torch.uint8, device="cpu")
     try:
         for name, shard in zip(names, shards, strict=True):
             written[path.with_name(name)] = temporary = _temporary(path.with_name(name))

@@ -139,8 +139,7 @@ def _alike(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _make_equal(tensors: list[Tensor], group: Any, average: bool) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    device = torch.device("cpu") if dist.get_backend(group) == dist.Backend.GLOO else _accelerator()
-    sent = flat.to(device)
+    sent = flat.to(device(group))
     if average and flat.is_floating_point():
         sent = sent.double() if flat.dtype == torch.float64 else sent.float()
         dist.all_reduce(sent, group=group)
@@ -153,5 +152,7 @@ def _make_equal(tensors: list[Tensor], group: Any, average: bool) -> None:
         tensor.copy_(part.view(tensor.shape))
 
 
-def _accelerator() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+def device(group: Any) -> torch.device:
+    """Where what the group sends lies: its backend takes tensors of no other device."""
+    here = torch.device("cpu")
+    return here if dist.get_backend(group) == dist.Backend.GLOO else torch.accelerator.current_accelerator() or here

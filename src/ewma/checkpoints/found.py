@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ewma.profiles import Profile
@@ -77,5 +76,5 @@ def decimal(value: Any) -> float | None:
     if isinstance(value, Tensor) and value.numel() == 1:
         exact = value.double().item()
         short = (float(f"{exact:.{digits}g}") for digits in range(1, 18))
-        return next(each for each in short if torch.tensor(each, dtype=value.dtype) == value)
+        return next(each for each in short if value.new_tensor(each) == value)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ewma import files, hooks, profiles
+from ewma import files, hooks, profiles, ranks
 from ewma.gradients.resuming import check
 from ewma.profiles import Profile, Scalar, choose
 from ewma.recurrence import Recurrence
@@ -248,7 +248,8 @@ class SpikeGuard:
         if not self.all_reduce or not dist.is_initialized():
             return value
         group = None if self.all_reduce is True else self.all_reduce
-        mean = torch.as_tensor(value, dtype=torch.float64).clone()
+        device = value.device if isinstance(value, Tensor) and not value.is_cpu else ranks.device(group)
+        mean = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
         dist.all_reduce(mean, group=group)
         return mean / dist.get_world_size(group)
 
@@ -275,7 +276,7 @@ class SpikeGuard:
 
     def _skip(self, optimizer: Optimizer, gradients: list[Tensor], spikes: Any, finite: Any) -> None:
         if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.defaults.get("fused"):
-            skips = torch.as_tensor(spikes | ~torch.as_tensor(finite), device=gradients[0].device)
+            skips = torch.as_tensor(spikes | (finite == 0), device=gradients[0].device)
             found = getattr(optimizer, "found_inf", None)
             if found is None:
                 optimizer.__dict__["_ewma_skips"] = True

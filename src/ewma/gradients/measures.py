@@ -96,4 +96,4 @@ class Measured:
 
 
 def _zero() -> Tensor:
-    return torch.zeros((), dtype=torch.float64)
+    return torch.zeros((), dtype=torch.float64, device="cpu")

@@ -46,9 +46,9 @@ class Fit:
     def curves(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a plot shows: the time of each update, the weight that the target gives it, and the one reached."""
         weights = StepWeights(self.updates, (*self.snapshots, _target(self.target, self.updates)))
-        wanted = torch.zeros(len(self.coefficients) + 1, dtype=torch.float64)
+        wanted = torch.zeros(len(self.coefficients) + 1, dtype=torch.float64, device="cpu")
         wanted[-1] = 1.0
-        reached = torch.tensor([*self.coefficients, 0.0], dtype=torch.float64)
+        reached = wanted.new_tensor([*self.coefficients, 0.0])
         times, mixtures = zip(*weights.mixtures(torch.stack((wanted, reached), dim=1)), strict=True)
         both = torch.cat(mixtures)
         return torch.cat(times), both[:, 0], both[:, 1]

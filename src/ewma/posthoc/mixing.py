@@ -130,7 +130,8 @@ def mix(name: str, parts: Sequence[tuple[Source, float]]) -> Tensor:
     weights = accumulate(share for _, share in parts)
     terms = [(source, share / weight) for (source, share), weight in zip(parts, weights, strict=True)]
     sources = [source for source, _ in parts]
-    out = torch.empty(sources[0].shape(name), dtype=_wide([source.dtype(name) for source in sources]))
+    dtype = _wide([source.dtype(name) for source in sources])
+    out = torch.empty(sources[0].shape(name), dtype=dtype, device="cpu")
     flat = out.view(-1)
     in_parts = all(source.file.in_parts for source in sources)
     blocks = -(-len(flat) // BLOCK) if in_parts else 1
@@ -152,8 +153,8 @@ def _prepare(
     name: str, terms: Sequence[tuple[Source, float]], flat: Tensor, begins: Sequence[int], size: int
 ) -> Callable[[], bool]:
     """What mixes blocks of a tensor, each from an element on; and tells whether they are finite for sure."""
-    mean = torch.empty(size, dtype=flat.dtype)
-    rooms = {dtype: torch.empty(size, dtype=dtype) for dtype in {source.dtype(name) for source, _ in terms}}
+    mean = flat.new_empty(size)
+    rooms = {dtype: flat.new_empty(size, dtype=dtype) for dtype in {source.dtype(name) for source, _ in terms}}
     updates = {dtype: kernels.lerp([_real(room)], [[_real(mean)]], [0], guard=False) for dtype, room in rooms.items()}
     steps = []
     for source, coefficient in terms:

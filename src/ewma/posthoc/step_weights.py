@@ -52,14 +52,17 @@ class Updates:
     def times(self, piece: int) -> Tensor:
         """When the updates of a piece were, as float64."""
         begin, first, end, last = self.pieces[piece]
-        return begin + (end - begin) / (last - first) * torch.arange(1, last - first + 1, dtype=torch.float64)
+        steps = torch.arange(1, last - first + 1, dtype=torch.float64, device="cpu")
+        return begin + (end - begin) / (last - first) * steps
 
     def terms(self, profile: Profile, piece: int) -> tuple[Tensor, Tensor]:
         """`keep` and `gain` of each update in a piece."""
         begin, first, end, last = self.pieces[piece]
         times = self.times(piece)
         elapsed = torch.full_like(times, (end - begin) / (last - first))
-        keep, _, gain = (torch.as_tensor(each, dtype=torch.float64) for each in profile.change(times, elapsed))
+        keep, _, gain = (
+            times.new_tensor(each) if isinstance(each, float) else each for each in profile.change(times, elapsed)
+        )
         keep, gain = keep.broadcast_to(times.shape), gain.broadcast_to(times.shape)
         if first == 0 and not profile.debias:
             gain = gain.clone()
@@ -113,12 +116,12 @@ class StepWeights:
         """What a piece's bases are multiplied by in each snapshot, and each snapshot's mass before the piece as a share
         of all of it: both (pieces, snapshots), 0 and 1 in pieces after a snapshot."""
         brought, kept, *_ = self._passed
-        masses = [torch.zeros(len(self.profiles), dtype=torch.float64)]
+        masses = [brought[0].new_zeros(len(self.profiles))]
         for piece in range(len(brought)):
             masses.append(kept[piece] * masses[-1] + brought[piece])
         ends = {end: piece for piece, (_, _, _, end) in enumerate(self.updates.pieces)}
         shape = len(brought), len(self.snapshots)
-        factors, before = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+        factors, before = masses[0].new_zeros(shape), masses[0].new_ones(shape)
         for column, snapshot in enumerate(self.snapshots):
             number, last = self.profiles.index(snapshot.profile), ends[snapshot.count]
             factor = 1.0 / masses[last + 1][number]
@@ -148,7 +151,8 @@ class StepWeights:
     def _spread(self, piece: int) -> Tensor:
         """A piece's factors, each in the row of its snapshot's profile: (profiles, snapshots)."""
         factors, _ = self.factors
-        numbers = torch.tensor([self.profiles.index(snapshot.profile) for snapshot in self.snapshots])
+        which = [self.profiles.index(snapshot.profile) for snapshot in self.snapshots]
+        numbers = torch.tensor(which, device=factors.device)
         spread = factors.new_zeros(len(self.profiles), len(numbers))
         return spread.scatter_(0, numbers[None], factors[piece : piece + 1])
 

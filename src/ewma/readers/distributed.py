@@ -38,7 +38,7 @@ class Distributed(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         entry = self.entry(name)
-        out = torch.empty(entry.shape, dtype=entry.dtype)
+        out = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         for chunk in self._tensors[name].chunks:
             window = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
             out[window] = self._item(self._places[name, tuple(chunk.offsets)])

@@ -47,7 +47,7 @@ class Safetensors(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         entry = self.entry(name)
-        out = torch.empty(entry.numel, dtype=entry.dtype)
+        out = torch.empty(entry.numel, dtype=entry.dtype, device="cpu")
         self.into(name, out)(0)
         return out.reshape(entry.shape)
 
