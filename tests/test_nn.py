@@ -567,6 +567,54 @@ def test_smooth_leaves_out_what_is_missing_and_lets_no_gradient_reach_it():
     assert x.grad.flatten().tolist() == pytest.approx([2 + 1 / 3, 0.0, 2 / 3])
 
 
+@pytest.mark.parametrize("learn", [True, False])
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("cuts", [(9,), (1, 8), (4, 5), (2, 2, 5)])
+def test_smooth_is_0_before_the_first_value_whatever_comes_later(learn: bool, debias: bool, cuts: tuple[int, ...]):
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    x[0, 0, 0] = x[:, :3, 2] = x[1, 5, 1] = NAN
+    x[1, :, 0] = -math.inf
+    smooth, state, pieces = ewma.nn.Smooth(3, [0.5, 5.0, 100.0], learn=learn, debias=debias), None, []
+    for piece in x.split(cuts, 1):
+        y, state = smooth.decode(piece, state)
+        pieces.append(y)
+    channels = [
+        [ewma.smooth(x[row, :, k], half_life=smooth.half_life[k].item(), debias=debias) for k in range(3)]
+        for row in range(2)
+    ]
+    right = torch.stack([torch.stack(row, 1) for row in channels]).nan_to_num(0.0)
+    torch.testing.assert_close(torch.cat(pieces, 1), right, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own, where a graph ends
+def test_smooth_in_a_compiled_model_is_what_it_is_and_is_not_traced():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = nn.Sequential(nn.Linear(3, 3), ewma.nn.Smooth(3, 5.0), nn.Linear(3, 3))
+    fast = torch.compile(model, backend=counter)
+    for n in (5, 7, 9):
+        x = torch.randn(2, n, 3)
+        torch.testing.assert_close(fast(x), model(x))
+    gradients = [torch.autograd.grad(each(x).sum(), [*model.parameters()]) for each in (model, fast)]
+    torch.testing.assert_close(*gradients)
+    assert counter.op_count < 20
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("module", [ewma.nn.Smooth(2, 5.0), ewma.nn.EMA((3, 2), half_life=5.0)], ids=["Smooth", "EMA"])
+def test_what_would_lose_its_imaginary_part_is_refused(module):
+    text = r"expected a tensor of floating-point numbers; got torch\.complex64\. Average x\.real and x\.imag\."
+    with pytest.raises(TypeError, match=text):
+        module(torch.ones(3, 2, dtype=torch.complex64))
+
+
+def test_smooth_refuses_integers_which_could_not_hold_a_mean():
+    with pytest.raises(TypeError, match=r"nn\.Smooth: expected .*; got torch\.int64\. Convert it: x\.float\(\)"):
+        ewma.nn.Smooth(2, 5.0)(torch.ones(3, 2, dtype=torch.int64))
+
+
 def test_smooth_gives_the_dtype_it_was_given_and_may_be_kept_from_learning():
     smooth = ewma.nn.Smooth(2, 5.0, learn=False)
     assert smooth(torch.randn(1, 4, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -80,6 +80,8 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor, elapsed: float | Tensor = 1.0) -> None:
         """Take in one value of the shape given at construction, whatever the mode."""
+        if x.is_complex():
+            _check_floating("nn.EMA", x)
         if x.shape != self.average.shape:
             raise ValueError(
                 f"nn.EMA: expected a value of shape {list(self.average.shape)}; got {list(x.shape)}. Average over the "
@@ -152,7 +154,8 @@ class Smooth(nn.Module):
         debias: True is the true weighted mean of what was seen, False starts at the first value.
 
     What is learned is `log_half_life`, so a half-life stays above 0 and moves by shares of itself. The arithmetic is in
-    float64; the result has x's shape and dtype. Causal: no output depends on a later input. NaN elements are left out.
+    float64; the result has x's shape and dtype. Causal: no output depends on a later input. NaN and infinite elements
+    are left out; before the first other one the mean is 0. `torch.compile` calls it as it is, between two graphs.
 
     Beside it: `nn.EMA` averages over the steps of training and learns nothing; a one-pole filter of state-space models
     (Mega's damped EMA, ETSformer) is this with debias=False and a projection around it.
@@ -196,8 +199,12 @@ class Smooth(nn.Module):
         return self.log_half_life.double().exp()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(x)[0]
+        mean: Tensor
+        mean, _ = self.decode(x)
+        return mean
 
+    # Tracing the scan takes half a minute, and gives something slower.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def decode(self, x: Tensor, state: Decoded | None = None) -> tuple[Tensor, Decoded]:
         """The same piece by piece: takes the next steps, and where the last piece left off; gives both again.
 
@@ -207,6 +214,7 @@ class Smooth(nn.Module):
         >>> torch.allclose(torch.cat((first, second), dim=1), smooth(x))
         True
         """
+        _check_floating("nn.Smooth", x)
         dim = self.dim % x.dim()
         if x.shape[-1] != len(self.log_half_life) or dim == x.dim() - 1:
             raise ValueError(
@@ -223,13 +231,20 @@ class Smooth(nn.Module):
         if state is not None:
             mean, weight = (part.reshape(shape[0], 1, shape[2]) for part in state)
             moments.means, moments.weight, moments.count = (mean,), weight, (weight > 0.0).double()
-        y = moments.advance((x.reshape(shape),)).means[0]
+        chunk = moments.advance((x.reshape(shape),))
+        y = torch.where(chunk.count > 0.0, chunk.means[0], 0.0)
         size = (*before, *after)
         weight = moments.weight.expand(shape[0], 1, shape[2]).reshape(size)
         return y.reshape(x.shape).to(x.dtype), Decoded(moments.means[0].reshape(size), weight)
 
     def extra_repr(self) -> str:
         return f"channels={len(self.log_half_life)}, dim={self.dim}, debias={self.debias}"
+
+
+def _check_floating(where: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        cure = "Average x.real and x.imag" if x.is_complex() else "Convert it: x.float()"
+        raise TypeError(f"{where}: expected a tensor of floating-point numbers; got {x.dtype}. {cure}.")
 
 
 def __getattr__(name: str) -> Any:
