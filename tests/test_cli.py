@@ -126,7 +126,7 @@ def test_average_by_a_profile(checkpoints: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("reconstruct nowhere --decay .9 -o x", "ewma: nowhere: no snapshots here; archive.add"),
+        ("reconstruct nowhere --decay .9 -o x", "ewma: nowhere: expected a folder of snapshots, .*; it does not exist"),
         ("reconstruct {archive} --decay 1.5 -o x", r"ewma: decay must be in \[0, 1\)"),
         ("reconstruct {archive} --sweep 1:2 -o x", "ewma: --sweep is FROM:TO:N with N of 2 or more"),
         ("reconstruct {archive} --sweep a:.2:3 -o x", "expected a number in the place of 'a', such as --sweep 0.03:"),
@@ -137,7 +137,14 @@ def test_average_by_a_profile(checkpoints: Path, tmp_path: Path) -> None:
         ("reconstruct {archive} --decay .9 -o x --plot nowhere/x", "--plot: the folder nowhere does not exist"),
         ("average {checkpoints} -o x", "ewma: say which average: --last 10 for the plain mean of the last ten"),
         ("average {checkpoints} --last 9 -o x", "last must be between 1 and 4"),
-        ("average {checkpoints} --last 2 --part ema -o x", "part='ema' holds no tensors; there are state_dict"),
+        ("average {checkpoints} --last 2 --part ema -o x", "--part ema holds no tensors; there are state_dict"),
+        ("reconstruct {archive}/manifest.json --decay .9 -o x", "expected a folder of snapshots, .*; this is a file"),
+        ("reconstruct {archive} --half-life 1 --max-residual 1e-9 -o x", "--max-residual 1e-09 was asked for"),
+        ("reconstruct {archive} --decay .9 -o x --plot x.foo", r"expected a picture's name, .*; got \.foo"),
+        ("average {checkpoints} {checkpoints} --last 2 -o x", "Number them, as in step-100.pt, step-200.pt"),
+        ("plan --steps 100 --snapshots 1.5 --decay .9", "--snapshots=1.5: expected whole numbers, such as 16 or 250,"),
+        ("plan --steps 100 --every 0 --decay .9", "every must be a whole number of at least 1; got 0"),
+        ("plan --steps 100 --tail 1000", "last must be above 0 and at most 100, the time there is; got 1000"),
         ("plan --steps 100 --snapshots 500 --decay .9", "expected between 1 and 100 snapshots"),
         ("plan --steps 100 --tracks wide --decay .9", "expected a number in the place of 'wide', such as .05,.10"),
     ],
@@ -149,6 +156,49 @@ def test_errors_are_one_line(archive, checkpoints: Path, tmp_path: Path, monkeyp
         main(filled.split())
     assert "\n" not in str(caught.value)
     assert not Path("x").exists()
+
+
+def test_no_input_is_written_over(archive, checkpoints: Path, capsys) -> None:
+    """Nor a torch.save file's name given to what is no torch.save file."""
+    snapshot = next(archive.folder.glob("*.safetensors"))
+    for command, out in ((f"average {checkpoints} --last 2", checkpoints / "checkpoint-40.pt"),
+                         (f"reconstruct {archive.folder} --decay .9 --max-residual 9", snapshot)):  # fmt: skip
+        before = out.read_bytes()
+        with pytest.raises(
+            SystemExit, match="it is one of the files that are averaged, and would be lost; name another"
+        ):
+            main([*command.split(), "-o", str(out)])
+        assert out.read_bytes() == before
+    with pytest.raises(SystemExit, match=r"new.pt: what is written is safetensors; name it new.safetensors"):
+        main(["average", str(checkpoints), "--last", "2", "-o", str(checkpoints / "new.pt")])
+    with pytest.raises(SystemExit, match="expected the path of a file; this is a folder"):
+        main(["average", str(checkpoints), "--last", "2", "-o", str(archive.folder)])
+
+
+def test_warnings_name_the_option(archive, tmp_path: Path, capsys) -> None:
+    main(["reconstruct", str(archive.folder), "--half-life", "1", "-o", str(tmp_path / "x")])
+    assert "take more snapshots; --max-residual makes this an error" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_without_a_traceback(archive, tmp_path: Path, monkeypatch) -> None:
+    def interrupted(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(posthoc.Archive, "reconstruct_to", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(["reconstruct", str(archive.folder), "--decay", ".9", "-o", str(tmp_path / "x")])
+    assert caught.value.code == 130
+
+
+def test_what_counts_nothing_is_not_counted(checkpoints: Path, tmp_path: Path, capsys) -> None:
+    main(["average", str(checkpoints), "--tail", "20", "-o", str(tmp_path / "x")])
+    assert ": 2 checkpoints, checkpoint-30.pt (0.5) to checkpoint-40.pt (0.5)" in capsys.readouterr().out
+
+
+def test_a_plan_of_long_targets_stays_a_table(capsys) -> None:
+    main(["plan", "--steps", "100", "--lr-decay", "cosine:20"])
+    head, row = capsys.readouterr().out.splitlines()[-2:]
+    assert head.index("residual") + len("residual") == len(row) - 10
 
 
 def test_exactly_one_target(archive, capsys) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.conftest import Small, same
 from tests.tools import LitEma, LitEmaAlone, TorchEMA, run
 
+import ewma
 from ewma.cli import main
 
 
@@ -26,6 +27,18 @@ def test_a_file(checkpoint: Path, tmp_path: Path, capsys) -> None:
     kept = torch.load(checkpoint, weights_only=True)["ema"]
     assert same(load_file(out), {n.removeprefix("module."): t for n, t in kept.items() if n != "n_averaged"})
     assert capsys.readouterr().out == f"{out}: 11 tensors, from torch AveragedModel, at ema, 3 updates\n"
+
+
+def test_the_checkpoint_is_not_written_over(small: Small, tmp_path: Path) -> None:
+    """From what is written could not be resumed."""
+    path = tmp_path / "ema.safetensors"
+    ema = ewma.ModelEMA(small, half_life=3)
+    ema.update()
+    ema.save(path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"ema.safetensors is the checkpoint itself, .*; name another"):
+        main(["convert", str(path), "-o", f"{tmp_path}/./ema.safetensors"])
+    assert path.read_bytes() == before
 
 
 def test_a_folder_of_parts(checkpoint: Path, tmp_path: Path, capsys) -> None:

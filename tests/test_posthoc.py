@@ -623,12 +623,73 @@ def test_a_missing_snapshot_is_named(tmp_path: Path) -> None:
         ('{"format": 1', "it is damaged"),
         ('{"format": 99, "kind": "Archive"}', "written in format 99"),
         ('{"format": 1, "kind": "ModelEMA"}', "expected the state of Archive; got that of ModelEMA"),
+        ("[]", r"manifest.json: expected the list of an archive's snapshots; it is damaged \(TypeError"),
+        ('{"format": 1, "kind": "Archive", "run": "a"}', r"it is damaged \(KeyError: 'snapshots'\)"),
+        ('{"format": 1, "kind": "Archive", "run": "a", "snapshots": [{"file": "x"}]}', r"damaged \(KeyError: 'late'\)"),
     ],
 )
 def test_a_manifest_that_is_none(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=said):
         posthoc.Archive(tmp_path).solve(ewma.Uniform())
+
+
+def test_a_manifest_that_leads_elsewhere_is_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
+    """Also where a newer snapshot would have taken the place of what it lists."""
+    archive, _, model = walked(tmp_path / "in", {})
+    ema = ewma.ModelEMA(model, POWERS)
+    ema.update()
+    other = tmp_path / "mine.safetensors"
+    other.write_text("precious")
+    manifest = tmp_path / "in" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["snapshots"][-1]["file"] = "../mine.safetensors"
+    manifest.write_text(json.dumps(told))
+    for call in (lambda: archive.add(ema), lambda: archive.reconstruct(ewma.Power(sigma_rel=0.07))):
+        with pytest.raises(
+            ValueError, match=r"manifest.json: it lists '../mine.safetensors', which lies outside of its"
+        ):
+            call()
+    assert other.read_text() == "precious"
+
+
+def test_what_is_no_profile_metric_or_average_is_refused(tmp_path: Path) -> None:
+    archive, _, _ = walked(tmp_path, {})
+    for wrong in (0.1, None, "Power"):
+        with pytest.raises(TypeError, match=r"profile must be a profile, such as Power\(sigma_rel=0.1\); got"):
+            archive.reconstruct(wrong)
+    with pytest.raises(ValueError, match='metric must be "updates" or "steps"; got \'update\''):
+        archive.solve(ewma.Uniform(), metric="update")
+    with pytest.raises(TypeError, match="archive.add takes a ModelEMA, or a view of one; got Linear"):
+        archive.add(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"dtype must be a floating one, such as torch.bfloat16; got torch.int32"):
+        archive.reconstruct_to(tmp_path / "x.safetensors", ewma.Power(sigma_rel=0.07), dtype=torch.int32)
+    assert not (tmp_path / "x.safetensors").exists()
+    with pytest.raises(ValueError, match="expected one snapshot or more to mix; got none"):
+        posthoc.fit([], ewma.Uniform())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"snapshots": 16.0}, ValueError, "snapshots must be a whole number of at least 1; got 16.0"),
+        ({"snapshots": 16, "every": 0}, ValueError, "every must be a whole number of at least 1; got 0"),
+        ({"snapshots": [50, 100], "every": 0}, ValueError, "every must be a whole number of at least 1; got 0"),
+        (
+            {"snapshots": 16, "last": 1000},
+            ValueError,
+            "last must be above 0 and at most 100, the time there is; got 1000",
+        ),
+        ({"snapshots": 16, "last": -5}, ValueError, "last must be above 0 and at most 100, the time there is; got -5"),
+        ({"snapshots": 16, "tracks": [0.05]}, TypeError, "profile must be a profile"),
+        ({"snapshots": 16, "tracks": []}, ValueError, "expected one snapshot or more"),
+        ({"snapshots": 16, "target": 0.1}, TypeError, "profile must be a profile"),
+    ],
+)
+def test_plans_that_cannot_be(arguments: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        posthoc.plan(100, **arguments)
+    assert posthoc.plan(np.int64(100), np.int64(16)).residual == posthoc.plan(100, 16).residual
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -197,6 +199,15 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:
         ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, "a is of type F4, which torch has no tensors"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "a takes other bytes than its shape and type"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, "a takes other bytes than its shape and type"),
+        (
+            {"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}},
+            r"damaged \(the shape of a is \[-1, -2\]\)",
+        ),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, r"damaged \(the shape of a is \[2.0\]\)"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": None}}, "is truncated or damaged"),
+        ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, "is truncated or damaged"),
+        ({"a": "b"}, "is truncated or damaged"),
+        ({"__metadata__": 3}, "is truncated or damaged"),
     ],
 )
 def test_a_header_that_cannot_be(tmp_path: Path, header: object, text: str) -> None:
@@ -204,6 +215,52 @@ def test_a_header_that_cannot_be(tmp_path: Path, header: object, text: str) -> N
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(told)) + told + bytes(8))
     with pytest.raises((ValueError, TypeError), match=text):
         open_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("away", ["../x.safetensors", "/etc/passwd", "sub/../../x.safetensors"])
+def test_lists_that_lead_out_of_their_folder_are_refused(tmp_path: Path, away: str) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": away}}))
+    with pytest.raises(ValueError, match=rf"index.json: it lists '{away}', which lies outside of its folder"):
+        open_checkpoint(index)
+    folder = save_distributed({"a": torch.ones(3)}, tmp_path)
+    told = pickle.loads((folder / ".metadata").read_bytes())
+    told.storage_data = {k: dataclasses.replace(v, relative_path=away) for k, v in told.storage_data.items()}
+    (folder / ".metadata").write_bytes(pickle.dumps(told))
+    with pytest.raises(ValueError, match=rf"\.metadata: it lists '{away}', which lies outside of its folder"):
+        open_checkpoint(folder)
+
+
+def test_an_index_of_itself_and_one_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with pytest.raises(
+        ValueError, match=r"expected an index of shards; it lists model.safetensors.index.json, another"
+    ):
+        open_checkpoint(index)
+    index.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="index.json: expected an index of shards"):
+        open_checkpoint(index)
+
+
+def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    state: dict[str, object] = {"a": torch.ones(1)}
+    state["self"] = state
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt: it is nested more than 100 deep, or holds itself"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_damaged_file_of_the_old_format_is_told(tmp_path: Path) -> None:
+    path = save_old_pickled({"a": torch.ones(3)}, tmp_path)
+    raw = path.read_bytes()
+    key = re.search(rb"X\x0b\x00\x00\x00(\d{11})|X\x0c\x00\x00\x00(\d{12})|X.\x00\x00\x00(\d{8,16})", raw)
+    assert key is not None
+    path.write_bytes(raw[: key.end() - 2] + b"xx" + raw[key.end() :])
+    with pytest.raises(ValueError, match="the torch.save file is truncated or damaged"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("save", [save_pickled, save_old_pickled])

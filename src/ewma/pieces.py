@@ -41,6 +41,12 @@ class Piece:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype in which averages could not be written: not a floating one, or none that the file knows."""
+    if dtype is not None and not (dtype in NAMES and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating one, such as torch.bfloat16; got {dtype}")
+
+
 def split(pieces: Iterable[Piece], most: float) -> list[list[Piece]]:
     """The pieces in files of at most `most` bytes each; a larger one has a file of its own."""
     shards: list[list[Piece]] = [[]]

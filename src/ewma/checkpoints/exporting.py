@@ -55,6 +55,7 @@ def export(
     ...     [path.name for path in export(ema, folder)]
     ['model.safetensors']
     """
+    pieces.check_dtype(dtype)
     tensors = _tensors(averages)
     shards = pieces.split((_piece(*each, dtype) for each in tensors.items()), _in_bytes(max_shard_size))
     metadata = {"format": "pt", **_told(averages)}

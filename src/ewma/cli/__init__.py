@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,8 +28,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.run(given)
         except (ValueError, TypeError, KeyError, OSError, ImportError) as error:
             told = error.args[0] if isinstance(error, KeyError) else error
-            raise SystemExit(f"ewma: {told}") from None
+            raise SystemExit(f"ewma: {_as_options(str(told))}") from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None  # as shells have it
 
 
 def _say(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-    print(f"ewma: warning: {message}", file=sys.stderr)
+    print(f"ewma: warning: {_as_options(str(message))}", file=sys.stderr)
+
+
+OPTIONS = (
+    (r"\bmax_residual=(\d\S*)", r"--max-residual \1"),
+    (r"\bmax_residual=", "--max-residual"),
+    (r"\bpart='([^']*)'", r"--part \1"),
+    (r"\b(part|at)= ", r"--\1 "),
+    (
+        r"Pass them in order, with steps=range\(1, \d+\) or their true steps",
+        "Number them, as in step-100.pt, step-200.pt",
+    ),
+)
+"""What errors say of Python's arguments, and what one would type here."""
+
+
+def _as_options(told: str) -> str:
+    for python, option in OPTIONS:
+        told = re.sub(python, option, told)
+    return told

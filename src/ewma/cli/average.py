@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
 
 def run(given: argparse.Namespace) -> None:
     from ewma.posthoc import Checkpoints
-    from ewma.posthoc.archive import begun_late
+    from ewma.posthoc.fit import begun_late
 
     plotting.check(given.plot)
     asked = targets.named(given)
@@ -41,7 +41,7 @@ def run(given: argparse.Namespace) -> None:
     with bar("average", checkpoints.elements()) as done:
         kind = targets.dtype(given)
         shares = checkpoints.average_to(given.out, profile, last=given.last, dtype=kind, done=done)
-    used = list(zip(checkpoints.paths[-len(shares) :], shares, strict=True))
+    used = [each for each in zip(checkpoints.paths[-len(shares) :], shares, strict=True) if each[1]]
     print(
         f"{given.out}: {len(used)} checkpoints, {used[0][0].name} ({used[0][1]:.2g}) to {used[-1][0].name} "
         f"({used[-1][1]:.2g})"

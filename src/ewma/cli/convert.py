@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ewma.cli import targets
@@ -36,6 +37,10 @@ def add(commands: Any) -> None:
 def run(given: argparse.Namespace) -> None:
     from ewma import checkpoints
 
+    if Path(given.out).resolve() == Path(given.checkpoint).resolve():
+        raise ValueError(
+            f"--out {given.out} is the checkpoint itself, from which could not be resumed then; name another"
+        )
     model = build(given.model) if given.model else None
     try:
         averages = checkpoints.read(given.checkpoint, model, at=given.at)

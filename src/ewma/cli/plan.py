@@ -31,6 +31,8 @@ def run(given: argparse.Namespace) -> None:
 
     plotting.check(given.plot)
     times = [targets.number(step, f"--snapshots={given.snapshots}", "16") for step in given.snapshots.split(",")]
+    if any(time != int(time) for time in times):
+        raise ValueError(f"--snapshots={given.snapshots}: expected whole numbers, such as 16 or 250,500,1000")
     snapshots = int(times[0]) if len(times) == 1 else [int(time) for time in times]
     widths = [targets.number(width, f"--tracks={given.tracks}", ".05,.10") for width in given.tracks.split(",")]
     tracks = [posthoc.RAW] if given.raw else [Power(sigma_rel=width) for width in widths]
@@ -39,7 +41,8 @@ def run(given: argparse.Namespace) -> None:
         for _, profile, last in targets.named(given)
     ]
     taken = sorted({round(snapshot.time) for snapshot in fits[0].snapshots})
-    print(f"snapshots at {', '.join(map(str, taken))}\n\n{'target':56}{'residual':>10}{'of steps':>10}")
+    wide = max(56, *(len(repr(fit.target)) for fit in fits))
+    print(f"snapshots at {', '.join(map(str, taken))}\n\n{'target':{wide}}{'residual':>10}{'of steps':>10}")
     for fit in fits:
-        print(f"{fit.target!r:56}{fit.residual:10.2g}{fit.step_residual:10.2g}")
+        print(f"{fit.target!r:{wide}}{fit.residual:10.2g}{fit.step_residual:10.2g}")
     plotting.draw(given.plot, fits)

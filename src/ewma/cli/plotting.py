@@ -18,11 +18,14 @@ def check(path: str | None) -> None:
     if path is None:
         return
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ImportError('--plot needs matplotlib: pip install "ewma[cli]", or leave it out') from None
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"--plot: the folder {Path(path).parent} does not exist; make it first")
+    known, kind = FigureCanvasBase.get_supported_filetypes(), Path(path).suffix[1:].lower()
+    if kind and kind not in known:
+        raise ValueError(f"--plot: expected a picture's name, such as weights.png; got .{kind}")
 
 
 def draw(path: str | None, fits: Sequence[Fit]) -> None:

@@ -31,7 +31,11 @@ def run(given: argparse.Namespace) -> None:
     wanted = targets.named(given)
     out = Path(given.out)
     plotting.check(given.plot)
-    if (Path(given.archive) / "manifest.json").is_file() or not any(Path(given.archive).glob("*")):
+    folder = Path(given.archive)
+    if not folder.is_dir():
+        came = "this is a file" if folder.exists() else "it does not exist"
+        raise NotADirectoryError(f"{folder}: expected a folder of snapshots, or of checkpoints; {came}")
+    if (folder / "manifest.json").is_file() or not any(folder.iterdir()):
         source: Any = Archive(given.archive)
     else:
         source = Checkpoints(given.archive)

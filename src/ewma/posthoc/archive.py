@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ewma import profiles
-from ewma.posthoc.fit import Fit, Metric, check, fit
+from ewma.posthoc.fit import Fit, Metric, begun_late, check, fit
 from ewma.posthoc.manifest import NAME, Entry, Manifest, told
 from ewma.posthoc.mixing import Mixture, Source, nothing
 from ewma.posthoc.recording import Recording, is_first_rank, shared
@@ -106,6 +105,8 @@ class Archive:
         Errors: ValueError where the run or a profile is another one, where an average is not finite, or before the
         first update; OSError as the disk gives it.
         """
+        if not isinstance(ema, Readable):
+            raise TypeError(f"archive.add takes a ModelEMA, or a view of one; got {type(ema).__name__}")
         owner, own = ema._read()
         chosen = {name: track for name, track in owner.tracks.items() if ema is owner or track is own}
         if not all(track.updated for track in chosen.values()):
@@ -282,12 +283,3 @@ def _check_shapes(file: Checkpoint, newest: Checkpoint, averaged: Sequence[str])
                 f"{newest.path.name}: the model was changed in between. Reconstruct with at= before the change, or "
                 f"take the older snapshots out of {NAME}."
             )
-
-
-def begun_late(profile: Profile, last: float | None, end: float) -> Profile:
-    """A profile that begins `last` before the end; by default at the start."""
-    if last is None or last == end:
-        return profile
-    if not 0.0 < last < end:
-        raise ValueError(f"last must be above 0 and at most {end:g}, the time there is; got {last:g}")
-    return profiles.after(start=end - last, profile=profile)

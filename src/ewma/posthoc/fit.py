@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ewma.posthoc.step_weights import Snapshot, StepWeights, Updates
-from ewma.profiles import Profile
+from ewma.profiles import Profile, after, check_profile
 
 Metric: TypeAlias = Literal["updates", "steps"]
 
@@ -74,6 +74,11 @@ def fit(
     Source: least squares over profiles as in Karras et al. 2024 (arXiv 2312.02696, section 3.2), but over the discrete
     steps as they were; float64, by QR factorisations, never by normal equations.
     """
+    check_profile(target)
+    if metric not in ("updates", "steps"):
+        raise ValueError(f'metric must be "updates" or "steps"; got {metric!r}')
+    if not snapshots:
+        raise ValueError("expected one snapshot or more to mix; got none")
     knots = {(snapshot.time, snapshot.count) for snapshot in snapshots} | {begin}
     updates = Updates(sorted(knots | ({at} if at else set()), key=lambda knot: knot[1]))
     weights = StepWeights(updates, (*snapshots, _target(target, updates)))
@@ -107,6 +112,15 @@ def check(fit: Fit, max_residual: float | None) -> None:
         FarFromTarget,
         stacklevel=3,
     )
+
+
+def begun_late(profile: Profile, last: float | None, end: float) -> Profile:
+    """A profile that begins `last` before the end; by default at the start."""
+    if last is None or last == end:
+        return profile
+    if not 0.0 < last < end:
+        raise ValueError(f"last must be above 0 and at most {end:g}, the time there is; got {last:g}")
+    return after(start=end - last, profile=profile)
 
 
 def _target(target: Profile, updates: Updates) -> Snapshot:

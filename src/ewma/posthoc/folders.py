@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ewma.names import canonical, mismatch
-from ewma.posthoc.archive import Reconstruction, begun_late
-from ewma.posthoc.fit import Fit, Metric, check, fit
+from ewma.posthoc.archive import Reconstruction
+from ewma.posthoc.fit import Fit, Metric, begun_late, check, fit
 from ewma.posthoc.mixing import Mixture, Source, nothing
 from ewma.posthoc.step_weights import RAW, Snapshot
 from ewma.profiles import Profile

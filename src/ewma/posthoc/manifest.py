@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from ewma import files, profiles
 from ewma.posthoc.step_weights import Snapshot
 from ewma.profiles import Profile
-from ewma.readers import Checkpoint, open_checkpoint
+from ewma.readers import Checkpoint, beside, open_checkpoint
 from ewma.tracks import Track
 
 NAME = "manifest.json"
@@ -32,6 +32,13 @@ class Entry:
     time: float
     count: int
     late: dict[str, tuple[float, int]]
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Entry:
+        """What stands in the manifest."""
+        late = {name: (float(time), int(count)) for name, (time, count) in told["late"].items()}
+        file, track, profile = (str(told[name]) for name in ("file", "track", "profile"))
+        return cls(file, track, profile, float(told["time"]), int(told["count"]), late)
 
     def snapshot(self, tensor: str | None = None) -> Snapshot:
         time, count = self.late.get(tensor or "", (self.time, self.count))
@@ -53,13 +60,18 @@ class Manifest:
             return cls(folder)
         try:
             told = json.loads(path.read_text())
-            files.check_format(str(path), told, "Archive")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected the list of an archive's snapshots; it is damaged ({error})") from error
-        entries = [
-            Entry(**{**each, "late": {n: tuple(c) for n, c in each["late"].items()}}) for each in told["snapshots"]
-        ]
-        return cls(folder, told["run"], sorted(entries, key=lambda entry: entry.time))
+            if isinstance(told, dict) and "format" in told:
+                files.check_format(str(path), told, "Archive")
+            entries = [Entry.read(each) for each in told["snapshots"]]
+            run: str = told["run"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: expected the list of an archive's snapshots; it is damaged "
+                f"({type(error).__name__}: {error}). Copy it back, or take another folder."
+            ) from error
+        for entry in entries:
+            beside(path, entry.file)
+        return cls(folder, run, sorted(entries, key=lambda entry: entry.time))
 
     def check_run(self, run: str) -> None:
         """Refuse a folder that holds snapshots of another run."""

@@ -86,6 +86,13 @@ class Mixture:
         place = Path(path)
         if not place.parent.is_dir():
             raise FileNotFoundError(f"{place}: the folder {place.parent} does not exist; make it first")
+        if place.is_dir():
+            raise IsADirectoryError(f"{place}: expected the path of a file; this is a folder")
+        if any(place.resolve() == source.file.path.resolve() for source in self.sources):
+            raise FileExistsError(f"{place}: it is one of the files that are averaged, and would be lost; name another")
+        if place.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+            raise ValueError(f"{place}: what is written is safetensors; name it {place.stem}.safetensors")
+        pieces.check_dtype(dtype)
         shards = pieces.split(self._pieces(dtype), inf)
 
         def stream() -> Iterator[Tensor]:

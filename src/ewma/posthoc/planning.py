@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ewma.posthoc.fit import Fit, Metric, fit
+from ewma.posthoc.fit import Fit, Metric, begun_late, fit
 from ewma.posthoc.step_weights import Snapshot
-from ewma.profiles import Power, Profile, after
+from ewma.profiles import Power, Profile, check_profile
 
 TRACKS = (Power(sigma_rel=0.05), Power(sigma_rel=0.10))
 """The two that Karras et al. track (arXiv 2312.02696)."""
@@ -35,16 +35,15 @@ def plan(
     >>> plan(100_000, snapshots=16, target=Power(sigma_rel=0.15)).residual < 1e-3
     True
     """
-    chosen = snapshot_steps(steps, snapshots, every) if isinstance(snapshots, int) else list(snapshots)
+    chosen = list(snapshots) if isinstance(snapshots, Iterable) else snapshot_steps(steps, snapshots, every)
     _check(steps, chosen, every)
+    target = check_profile(target or Power(sigma_rel=0.15))
     several = (
         [tracks] if isinstance(tracks, Profile) else list(tracks.values() if isinstance(tracks, Mapping) else tracks)
     )
-    points = [Snapshot(profile, float(step), step // every) for step in chosen for profile in several]
-    target = target or Power(sigma_rel=0.15)
+    points = [Snapshot(check_profile(profile), float(step), step // every) for step in chosen for profile in several]
     end = max(chosen)
-    begun = target if last is None else after(start=end - last, profile=target)
-    return fit(points, begun, (float(end), end // every), metric=metric)
+    return fit(points, begun_late(target, last, end), (float(end), end // every), metric=metric)
 
 
 def snapshot_steps(steps: int, snapshots: int, every: int = 1) -> list[int]:
@@ -55,6 +54,9 @@ def snapshot_steps(steps: int, snapshots: int, every: int = 1) -> list[int]:
     >>> snapshot_steps(1_000, 4)
     [125, 354, 650, 1000]
     """
+    for name, value in (("steps", steps), ("snapshots", snapshots), ("every", every)):
+        if not hasattr(value, "__index__") or (name != "snapshots" and value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
     if not 1 <= snapshots <= steps // every:
         raise ValueError(
             f"expected between 1 and {steps // every} snapshots, one for every update at the most; got {snapshots} for "
@@ -66,6 +68,8 @@ def snapshot_steps(steps: int, snapshots: int, every: int = 1) -> list[int]:
 
 
 def _check(steps: int, chosen: Sequence[int], every: int) -> None:
+    if every < 1:
+        raise ValueError(f"every must be a whole number of at least 1; got {every!r}")
     wrong = [step for step in chosen if not 1 <= step <= steps or step % every]
     if wrong or sorted(set(chosen)) != list(chosen) or not chosen:
         raise ValueError(

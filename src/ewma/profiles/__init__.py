@@ -33,6 +33,7 @@ __all__ = [
     "after",
     "bare_number",
     "carry",
+    "check_profile",
     "choose",
     "cosine",
     "fraction",

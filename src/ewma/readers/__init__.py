@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ewma.readers.base import Checkpoint, Entry
+from ewma.readers.base import Checkpoint, Entry, beside
 from ewma.readers.opening import open_checkpoint
 
-__all__ = ["Checkpoint", "Entry", "open_checkpoint"]
+__all__ = ["Checkpoint", "Entry", "beside", "open_checkpoint"]

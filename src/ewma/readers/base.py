@@ -24,6 +24,15 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
 
+def beside(listing: Path, name: str) -> Path:
+    """A file that a list names, in the list's folder or further down; an error where it leads out of there."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(
+            f"{listing}: it lists {name!r}, which lies outside of its folder; what is there is not touched"
+        )
+    return listing.parent / name
+
+
 class Checkpoint(ABC):
     """A checkpoint that has been opened: what is in it, and each tensor when it is asked for.
 

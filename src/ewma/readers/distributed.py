@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewma.readers.base import Checkpoint, Entry
+from ewma.readers.base import Checkpoint, Entry, beside
 from ewma.readers.pickled import load
 
 
@@ -62,16 +62,17 @@ class Distributed(Checkpoint):
     def _item(self, info: Any) -> Any:
         if getattr(info, "transform_descriptors", None):
             raise ValueError(f"{self.path}: its parts are compressed; read it with torch.distributed.checkpoint.load")
-        with open(self.path / info.relative_path, "rb") as file:
+        path = beside(self.path / ".metadata", info.relative_path)
+        with open(path, "rb") as file:
             file.seek(info.offset)
-            return load(self.path / info.relative_path, io.BytesIO(file.read(info.length)))
+            return load(path, io.BytesIO(file.read(info.length)))
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
         for info in self.metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for file, end in ends.items():
-            path = self.path / file
+            path = beside(self.path / ".metadata", file)
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: missing; .metadata lists it")
             if path.stat().st_size < end:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ewma.readers.base import Checkpoint
+from ewma.readers.base import Checkpoint, beside
 from ewma.readers.distributed import Distributed
 from ewma.readers.pickled import Pickled
 from ewma.readers.safetensors import Safetensors
@@ -69,7 +69,7 @@ class Sharded(Checkpoint):
         try:
             places: dict[str, str] = json.loads(path.read_text())["weight_map"]
             shards = {shard: self._shard(path, shard) for shard in dict.fromkeys(places.values())}
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f'{path}: expected an index of shards, {{"weight_map": {{name: file}}}}') from error
         self._shards = {name: shards[shard] for name, shard in places.items()}
         self._last: Checkpoint | None = None
@@ -84,9 +84,11 @@ class Sharded(Checkpoint):
 
     @staticmethod
     def _shard(index: Path, shard: str) -> Checkpoint:
-        path = index.parent / shard
+        path = beside(index, shard)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: the shard is missing; {index.name} lists it")
+        if path.name.endswith(".index.json"):
+            raise ValueError(f"{index}: expected an index of shards; it lists {shard}, another index")
         return open_checkpoint(path)
 
     def read(self, name: str) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 from ewma.readers.base import Checkpoint, Entry
 from ewma.readers.standins import BOOKKEEPING, refused, stood_in
 
+DEEPEST = 100
+"""How deep what a file holds may be nested."""
+
 
 class Pickled(Checkpoint):
     """A torch.save file. Its tensors are mapped from the file, and read when they are used; those of the old format,
@@ -60,7 +63,7 @@ def load(path: Path, file: Any, mmap: bool = False) -> Any:
             f"the file's code (weights_only=True); that refused it: {told} If you trust who wrote it, load it once "
             f"with torch.load(path, weights_only=False), and save the state dict in it."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:  # the file itself has been opened before
+    except (RuntimeError, EOFError, OSError, AssertionError) as error:  # the file itself has been opened before
         raise ValueError(f"{path}: the torch.save file is truncated or damaged ({error}). Save it again.") from error
 
 
@@ -82,7 +85,7 @@ def _flat(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Nested mappings and lists as two flat ones: tensors, and the rest."""
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
-    for name, value in _leaves("", content):
+    for name, value in _leaves(path, "", content):
         if name in tensors or name in others:
             raise ValueError(f"{path}: two values in it are called {name!r} once their keys are joined by dots")
         if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
@@ -92,10 +95,12 @@ def _flat(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, others
 
 
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(path: Path, prefix: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > DEEPEST:
+        raise ValueError(f"{path}: it is nested more than {DEEPEST} deep, or holds itself; no state of a model is")
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, each in items:
-            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), each)
+            yield from _leaves(path, f"{prefix}.{key}" if prefix else str(key), each, depth + 1)
     else:
         yield prefix, value
