@@ -87,7 +87,7 @@ def test_at_and_max_residual(archive, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     main(["reconstruct", str(archive.folder), "--sigma-rel", ".15", "--at", "64", "-o", str(out)])
     assert same(load_file(out), archive.reconstruct(ewma.Power(sigma_rel=0.15), at=64).weights)
-    with pytest.raises(SystemExit, match=r"ewma: the 30 snapshots do not reach .*max_residual=1e-09 was asked for"):
+    with pytest.raises(SystemExit, match=r"ewma: the 30 snapshots do not reach .*--max-residual 1e-09 was asked for"):
         main(["reconstruct", str(archive.folder), "--sigma-rel", ".15", "--max-residual", "1e-9", "-o", str(out)])
 
 
