@@ -200,7 +200,8 @@ class EMA:
 
             mean = (K w1 m1 + w2 m2) / (K w1 + w2)          K: what survives of the first over the second's time
 
-        For Exponential and Uniform profiles, debiased; otherwise an error, since K would not be known.
+        For Exponential and Uniform profiles, debiased; otherwise an error, since K would not be known. With times, the
+        second's first value counts as one unit after the first's last.
         """
         if not isinstance(later, EMA):
             raise TypeError(
