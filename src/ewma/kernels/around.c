@@ -17,6 +17,8 @@ void end_around(void) { _mm_sfence(); }
 /* Where a stage begins and ends within a line of the cache, its neighbour will fetch that line all the same. */
 void leave(Stage *stage)
 {
+    if (stage->size == 0)
+        return;
     const char *from = (const char *)stage->room;
     const size_t ahead = -(uintptr_t)stage->to % LINE_SIZE, head = ahead < stage->size ? ahead : stage->size;
     const size_t whole = (stage->size - head) / LINE_SIZE * LINE_SIZE;
@@ -32,6 +34,8 @@ void end_around(void) {}
 
 void leave(Stage *stage)
 {
+    if (stage->size == 0)
+        return;
     memcpy(stage->to, stage->room, stage->size);
     stage->size = 0;
 }

@@ -14,18 +14,6 @@ INLINE void extremes(
     }
 }
 
-/* Where results are made: where they belong, or in a room until the row is whole. */
-INLINE char *made_at(const Tile *tile, int k, int t, char *room)
-{
-    return tile->around ? room : tile->to[k] + t * tile->to_step[k];
-}
-
-INLINE void give(const Tile *tile, int k, int t, const char *room, const Dtype dtype)
-{
-    if (tile->around)
-        write_around(tile->to[k] + t * tile->to_step[k], room, (size_t)tile->width * size_of(dtype));
-}
-
 INLINE void mean(const Tile *tile, States *states, const double *pre, const Fading *fading, const Dtype dtype)
 {
     const double whole = fading->whole1, lost = fading->lost1;
@@ -35,7 +23,8 @@ INLINE void mean(const Tile *tile, States *states, const double *pre, const Fadi
     for (int t = 0; t < tile->steps; t++) {
         const double before = pre ? pre[t] : 1.0, after = tile->post[t];
         const char *restrict from = tile->from + t * tile->from_step;
-        char *restrict to = made_at(tile, 0, t, (char *)room);
+        char *there = tile->to[0] + t * tile->to_step[0];
+        char *restrict to = tile->around ? (char *)room : there;
         fetch(from + tile->soon * tile->from_step, tile->width * (int)size_of(dtype));
         INDEPENDENT
         for (int i = 0; i < tile->width; i++) {
@@ -44,26 +33,26 @@ INLINE void mean(const Tile *tile, States *states, const double *pre, const Fadi
             sums[i] = sum;
             write_double(to, i, base[i] + after * sum, dtype);
         }
-        give(tile, 0, t, (char *)room, dtype);
+        if (tile->around)
+            write_around(there, to, (size_t)tile->width * size_of(dtype));
     }
 }
 
 /* The mean is there before the spread is. */
 INLINE void spread(
-    const Tile *tile, States *states, const double *factors, const Kind kind, double k, const Fading *fading,
-    const Dtype dtype)
+    const Tile *tile, States *states, const double *factors, double scale, const Kind kind, double k,
+    const Fading *fading, const Dtype dtype)
 {
     const double whole = fading->whole1, lost = fading->lost1;
     const double *restrict base = states->base + tile->column;
     double *restrict sums = states->sum + tile->column, *restrict rises = states->rise + tile->column;
     double *restrict spreads = states->spread + tile->column, *restrict hidden = states->hidden + tile->column;
-    double rooms[OUTS][WIDE];
     for (int t = 0; t < tile->steps; t++) {
-        const double share = tile->post[t], factor = factors[t];
+        const double share = tile->post[t], factor = scale * factors[t];
         const char *restrict from = tile->from + t * tile->from_step;
-        char *restrict first = made_at(tile, 0, t, (char *)rooms[0]);
-        char *restrict second = kind == BANDS ? made_at(tile, 1, t, (char *)rooms[1]) : NULL;
-        char *restrict third = kind == BANDS ? made_at(tile, 2, t, (char *)rooms[2]) : NULL;
+        char *restrict first = tile->to[0] + t * tile->to_step[0];
+        char *restrict second = kind == BANDS ? tile->to[1] + t * tile->to_step[1] : NULL;
+        char *restrict third = kind == BANDS ? tile->to[2] + t * tile->to_step[2] : NULL;
         fetch(from + tile->soon * tile->from_step, tile->width * (int)size_of(dtype));
         INDEPENDENT
         for (int i = 0; i < tile->width; i++) {
@@ -82,8 +71,6 @@ INLINE void spread(
             } else
                 write_double(first, i, width, dtype);
         }
-        for (int k = 0; k < (kind == BANDS ? OUTS : 1); k++)
-            give(tile, k, t, (char *)rooms[k], dtype);
     }
 }
 
@@ -91,9 +78,9 @@ INLINE void spread(
 
 #define EXTREMES(dtype) extremes(low, high, from, n, begins, dtype)
 #define MEANS(dtype) mean(tile, states, pre, fading, dtype)
-#define VARIANCES(dtype) spread(tile, states, factors, VARIANCE, k, fading, dtype)
-#define DEVIATIONS(dtype) spread(tile, states, factors, DEVIATION, k, fading, dtype)
-#define ALL_BANDS(dtype) spread(tile, states, factors, BANDS, k, fading, dtype)
+#define VARIANCES(dtype) spread(tile, states, factors, scale, VARIANCE, k, fading, dtype)
+#define DEVIATIONS(dtype) spread(tile, states, factors, scale, DEVIATION, k, fading, dtype)
+#define ALL_BANDS(dtype) spread(tile, states, factors, scale, BANDS, k, fading, dtype)
 
 #define COMPILE(version, TARGET)                                                                                   \
     TARGET static void extremes_##version(                                                                         \
@@ -106,7 +93,8 @@ INLINE void spread(
         BY_DTYPE(tile->dtype, MEANS)                                                                               \
     }                                                                                                              \
     TARGET static void spread_##version(                                                                           \
-        const Tile *tile, States *states, const double *factors, Kind kind, double k, const Fading *fading)        \
+        const Tile *tile, States *states, const double *factors, double scale, Kind kind, double k,                \
+        const Fading *fading)                                                                                      \
     {                                                                                                              \
         if (kind == VARIANCE) {                                                                                    \
             BY_DTYPE(tile->dtype, VARIANCES)                                                                       \

@@ -75,8 +75,8 @@ INLINE void slide(Windows *w, const Doubles *first, const Doubles *second, const
     w->one = b, w->two = b2, w->four = b4, w->eight = b8;
 }
 
-/* The sum after the last step; NaN where it, or that after another of the last sixteen, is not finite: the sums of steps
-   that lie apart by less are not made of each other. */
+/* The sum after the last step; NaN where it, or that after another of the last sixteen, is not finite: the sums of
+   steps that lie apart by less are not made of each other. */
 INLINE double end_of(const Windows *w)
 {
     const Doubles none = 0.0 * w->even + 0.0 * w->odd;
@@ -145,6 +145,15 @@ INLINE void spread_line(
     state->rise = rise[LANES - 1];
     state->sum = end_of(&mean);
     state->spread = end_of(&spread);
+}
+
+INLINE void widths(double *restrict spreads, int n, const double *restrict factor, double scale, const int root)
+{
+    INDEPENDENT
+    for (int i = 0; i < n; i++) {
+        const double variance = scale * factor[i] * spreads[i];
+        spreads[i] = root ? sqrt(variance) : variance;
+    }
 }
 
 INLINE double reach(
@@ -237,11 +246,18 @@ INLINE void write_steps(
     {                                                                                                              \
         spread_line(rises, spreads, u, n, post, fading, state);                                                    \
     }                                                                                                              \
-    TARGET static void spread_results_##version(double *to, const double *spreads, int n, const double *factor,    \
-                                                int root)                                                          \
+    TARGET static void widths_##version(double *spreads, int n, const double *factor, double scale, int root)       \
+    {                                                                                                              \
+        if (root)                                                                                                  \
+            widths(spreads, n, factor, scale, 1);                                                                  \
+        else                                                                                                       \
+            widths(spreads, n, factor, scale, 0);                                                                  \
+    }                                                                                                              \
+    TARGET static void edges_##version(                                                                            \
+        double *restrict to, const double *restrict rises, const double *restrict widths, int n, double far)       \
     {                                                                                                              \
         for (int i = 0; i < n; i++)                                                                                \
-            to[i] = root ? sqrt(factor[i] * spreads[i]) : factor[i] * spreads[i];                                  \
+            to[i] = rises[i] + far * widths[i];                                                                    \
     }                                                                                                              \
     TARGET static double reach_##version(                                                                          \
         const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype)                 \
@@ -261,7 +277,7 @@ INLINE void write_steps(
 EACH_VERSION(COMPILE)
 
 #define OF(version)                                                                                                \
-    {read_##version, write_##version, line_##version, spread_##version, spread_results_##version, reach_##version, \
-     shares_##version}
+    {read_##version, write_##version, line_##version, spread_##version, widths_##version, edges_##version,         \
+     reach_##version, shares_##version}
 
 const LineLoops LINE[VERSION_COUNT] = OF_EACH_VERSION(OF);

@@ -166,8 +166,9 @@ typedef struct {
     /* The mean after each step of a line, and the spread before it is divided by the weight; whole windows. */
     void (*spread)(
         double *rises, double *spreads, const double *u, int n, const double *post, const Fading *fading, State *state);
-    /* Variances, or their roots. */
-    void (*spread_results)(double *to, const double *spreads, int n, const double *factor, int root);
+    /* Variances, or their roots, in the place of spreads; and what lies that many times as far from the mean. */
+    void (*widths)(double *spreads, int n, const double *factor, double scale, int root);
+    void (*edges)(double *to, const double *rises, const double *widths, int n, double far);
     /* A line without writing anything. */
     double (*reach)(const char *from, ptrdiff_t n, double base, double sum, const Fading *fading, Dtype dtype);
     /* The shares of n steps, in whole windows: `1 / (weight + left * ramp[k])` after k steps; see Shares. */
@@ -180,7 +181,8 @@ typedef struct {
     /* `pre` may be NULL. */
     void (*mean)(const Tile *tile, States *states, const double *pre, const Fading *fading);
     void (*spread)(
-        const Tile *tile, States *states, const double *factors, Kind kind, double k, const Fading *fading);
+        const Tile *tile, States *states, const double *factors, double scale, Kind kind, double k,
+        const Fading *fading);
 } ColumnLoops;
 
 extern const LineLoops LINE[VERSION_COUNT];

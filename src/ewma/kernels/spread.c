@@ -1,11 +1,12 @@
 /* Running variances, deviations and bands around the mean, of whole series whose steps are alike and all observed.
 
-       d = x - mean before        Q[t] = Q[t-1] + (kept[t] * d * d - lost * Q[t-1])        variance[t] = factor[t] * Q[t]
+       d = x - mean before      Q[t] = Q[t-1] + (kept[t] * d * d - lost * Q[t-1])      variance[t] = factor[t] * Q[t]
 
-   The same windows as those of the mean (line_loops.c). Biased, the factor is the share of the newest value; unbiased it
-   is W / D, of the weight W = 1 / share and the weight D of all pairs, in closed form:
+   Lines and strips are those of the mean. Biased, the factor is the share of the newest value; unbiased it is W / D, of
+   the weight W = 1 / share and the weight D of all pairs, in closed form:
 
-       debiased: (1 + k) / 2k / W[t - 1]        otherwise: (1 - k ** 2) / 2k / (1 - k ** 2m), m steps since the weight was 1 */
+       debiased: (1 + k) / 2k / W[t - 1]
+       otherwise: (1 - k ** 2) / 2k / (1 - k ** 2m), m steps since the weight was 1 */
 
 #include "scan.h"
 
@@ -22,35 +23,31 @@ typedef struct {
     State begins[MOST], ends[MOST];
 } Spreading;
 
-/* The factors of the n steps after t; room has one more. */
+/* What spreads are multiplied by after each of the n steps after t, but for `scale`; room has one more. */
 static const double *factors(const Spreading *s, ptrdiff_t t, int n, double *room)
 {
     const ptrdiff_t before = t - s->late;
-    const double *factor = before < 0 ? room + 1 : shares_of(&s->factor, before, n, room);
-    if (before < 0) {
-        ramp(&s->factor, 0, n, room + 1);
-        room[0] = NAN;
-        factor = room;
-    }
-    for (int i = 0; i < n; i++)
-        room[i] = s->scale * factor[i];
+    if (before >= 0)
+        return shares_of(&s->factor, before, n, room);
+    ramp(&s->factor, 0, n, room + 1);
+    room[0] = NAN;
     return room;
 }
 
 static void write_block(
-    const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t t, int n, double *rises, double *spreads,
+    const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t t, int n, const double *rises, double *spreads,
     const double *factor)
 {
     const LineLoops *loops = &LINE[chosen];
-    const double base = s->sweep.base[row * s->sweep.inner + column];
+    const double base = s->kind == BANDS ? s->sweep.base[row * s->sweep.inner + column] : 0.0;
     double edge[BLOCK];
-    loops->spread_results(spreads, spreads, n, factor, s->kind != VARIANCE);
-    for (int k = 0; k < (s->kind == BANDS ? OUTS : 1); k++) {
+    loops->widths(spreads, n, factor, s->scale, s->kind != VARIANCE);
+    for (int k = 0; k < s->sweep.outs; k++) {
         const Plane *out = &s->sweep.out[k];
-        const double far = s->k * (k - 1);
-        for (int i = 0; i < n; i++) /* the mean is there before the spread is */
-            edge[i] = s->kind != BANDS ? spreads[i] : k == 1 ? rises[i] : rises[i] + far * spreads[i];
-        loops->write(element(out, row, t, column), edge, n, out->step[1], s->kind == BANDS ? base : 0.0, NULL, out->dtype);
+        const double *made = s->kind != BANDS ? spreads : k == 1 ? rises : edge;
+        if (made == edge)
+            loops->edges(edge, rises, spreads, n, s->k * (k - 1));
+        loops->write(element(out, row, t, column), made, n, out->step[1], base, NULL, out->dtype);
     }
 }
 
@@ -58,12 +55,12 @@ static void steps(
     const Spreading *s, ptrdiff_t row, ptrdiff_t column, ptrdiff_t begin, ptrdiff_t end, State *state, int writes)
 {
     const Plane *x = &s->sweep.x;
+    const double base = s->sweep.base[row * s->sweep.inner + column];
     double u[BLOCK], rises[BLOCK], spreads[BLOCK], shares[BLOCK], room[BLOCK + WINDOW + 1];
     for (ptrdiff_t t = begin; t < end; t += BLOCK) {
         const int n = end - t < BLOCK ? (int)(end - t) : BLOCK, padded = (n + WINDOW - 1) / WINDOW * WINDOW;
         const double *post = shares_of(&s->sweep.post, t, n, shares);
-        LINE[chosen].read(u, element(x, row, t, column), n, x->step[1], s->sweep.base[row * s->sweep.inner + column],
-                           x->dtype);
+        LINE[chosen].read(u, element(x, row, t, column), n, x->step[1], base, x->dtype);
         for (int i = n; i < padded; i++)
             u[i] = 0.0;
         LINE[chosen].spread(rises, spreads, u, padded, post, &s->sweep.fading, state);
@@ -77,7 +74,7 @@ static void take(const Sweep *sweep, const Tile *tile, States *states)
     const Spreading *s = (const Spreading *)sweep;
     double room[BLOCK + WINDOW + 1];
     const double *factor = s->unbiased ? factors(s, tile->time, tile->steps, room) : tile->post;
-    COLUMNS[chosen].spread(tile, states, factor, s->kind, s->k, &sweep->fading);
+    COLUMNS[chosen].spread(tile, states, factor, s->scale, s->kind, s->k, &sweep->fading);
 }
 
 static State first_state(Spreading *s, ptrdiff_t row, ptrdiff_t column)
@@ -111,7 +108,7 @@ static void some_lines(void *work, size_t index)
     }
 }
 
-/* A segment begins from as much of the past as still counts, twice over: for the mean, and from there for the spread. */
+/* A segment begins from as much of the past as still counts, twice over: for the mean, from there for the spread. */
 static void one_segment(void *work, size_t index)
 {
     Spreading *s = work;
@@ -149,9 +146,10 @@ static void segments(Spreading *s, int threads)
                     && isfinite(before->sum)) {
                     State state = *before;
                     const ptrdiff_t begin = (ptrdiff_t)index * s->sweep.each;
+                    const ptrdiff_t left = s->sweep.n - begin;
+                    const ptrdiff_t end = left < s->sweep.each ? s->sweep.n : begin + s->sweep.each;
                     state.hidden = 0.0;
-                    steps(s, s->row, s->column, begin, s->sweep.n - begin < s->sweep.each ? s->sweep.n : begin + s->sweep.each,
-                          &state, 1);
+                    steps(s, s->row, s->column, begin, end, &state, 1);
                     s->ends[index] = state;
                 }
                 hidden += s->ends[index].hidden;
@@ -178,7 +176,7 @@ static int run(Spreading *s, int threads)
     sweep->base = state;
     sweep->sums = state + count;
     sweep->fresh = 1;
-    sweep->around = is_large(sweep);
+    sweep->around = 0; /* results are new memory, which the system clears in the caches */
     sweep->take = take;
     if (has_strips(sweep))
         in_strips(sweep, threads);
@@ -226,14 +224,14 @@ PyObject *py_spread(PyObject *module, PyObject *arguments)
     (void)module;
     if (!s)
         return PyErr_NoMemory();
-    if (PyArg_ParseTuple(arguments, "OO!Odddpidpi:spread", &x, &PyTuple_Type, &outs, &start, &s->sweep.held, &lost, &keep,
-                         &debias, &s->kind, &s->k, &s->unbiased, &threads)
+    if (PyArg_ParseTuple(arguments, "OO!Odddpidpi:spread", &x, &PyTuple_Type, &outs, &start, &s->sweep.held, &lost,
+                         &keep, &debias, &s->kind, &s->k, &s->unbiased, &threads)
         && read_arguments(s, x, outs, start, views) == 0 && read_lost(&s->sweep, lost) == 0)
         read = keep > 0.0 ? 0 : fail("spread: expected a step to keep something");
     if (read == 0 && !is_empty(&s->sweep)) {
         prepare_shares(&s->sweep.post, lost, s->sweep.held, debias);
         prepare_shares(&s->factor, debias ? lost : lost * (2.0 - lost), 0.0, 1);
-        s->scale = (debias ? 1.0 + keep : 1.0) / (2.0 * keep);
+        s->scale = !s->unbiased ? 1.0 : (debias ? 1.0 + keep : 1.0) / (2.0 * keep);
         s->late = debias || start == Py_None;
         Py_BEGIN_ALLOW_THREADS
         read = run(s, threads);

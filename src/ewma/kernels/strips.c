@@ -2,9 +2,9 @@
 
 #include "around.h"
 
-/* Fewer columns are lines; bytes of a line of the cache; of a tile, which
-   the nearest cache holds; columns of a strip at least, where threads share them. */
-enum { FEWEST = 8, LINE_SIZE = 64, NEAR = 1 << 14, NARROW = 64 };
+/* Fewer columns are lines; bytes of a line of the cache; columns of a strip at least, where threads share them; steps of
+   a tile, where there are several side by side; how many steps before it is used a row is fetched. */
+enum { FEWEST = 8, LINE_SIZE = 64, NARROW = 64, FEW = 4, AHEAD = 16 };
 
 int has_strips(const Sweep *sweep)
 {
@@ -56,7 +56,7 @@ static void take_tile(const Sweep *sweep, ptrdiff_t row, ptrdiff_t column, Tile 
 static size_t strip(const Sweep *sweep, ptrdiff_t row, ptrdiff_t begin, int all)
 {
     const int width = all < WIDE ? all : WIDE;
-    const int most = all <= WIDE ? BLOCK : NEAR / (int)size_of(sweep->x.dtype) / all + 1;
+    const int most = sweep->inner <= WIDE ? BLOCK : FEW; /* whatever the number of threads */
     const ptrdiff_t series = row * sweep->inner + begin;
     const size_t size = (size_t)all * sizeof(double);
     double shares[BLOCK];
@@ -75,7 +75,7 @@ static size_t strip(const Sweep *sweep, ptrdiff_t row, ptrdiff_t begin, int all)
         for (int i = 0; i < n; i += most)
             for (int k = 0; k < all; k += width) {
                 Tile tile = {.time = t + i, .column = k, .steps = n - i < most ? n - i : most, .post = post + i,
-                             .width = all - k < width ? all - k : width, .soon = all > WIDE ? most : 16};
+                             .width = all - k < width ? all - k : width, .soon = most < AHEAD ? most : AHEAD};
                 take_tile(sweep, row, begin + k, &tile, &states);
             }
     }

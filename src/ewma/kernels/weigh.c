@@ -1,4 +1,4 @@
-/* What steps weigh that differ: by their times, by a profile, by what is missing. The rules are those of weighting.py. */
+/* What steps weigh that differ: by their times, by a profile, by what is missing; by the rules of weighting.py. */
 
 #include "steps.h"
 
