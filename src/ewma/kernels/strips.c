@@ -2,8 +2,8 @@
 
 #include "around.h"
 
-/* Fewer columns are lines; bytes of a line of the cache; columns of a strip at least, where threads share them; steps of
-   a tile, where there are several side by side; how many steps before it is used a row is fetched. */
+/* Fewer columns are lines; bytes of a line of the cache; columns of a strip at least, where threads share them; steps
+   of a tile, where there are several side by side; how many steps before it is used a row is fetched. */
 enum { FEWEST = 8, LINE_SIZE = 64, NARROW = 64, FEW = 4, AHEAD = 16 };
 
 int has_strips(const Sweep *sweep)
