@@ -35,7 +35,7 @@ sanitize: $(VENV)/.dev $(EWMA)
 	$(CC) -shared -fPIC -O3 -g -Wall -Wextra -Werror -Wno-unused-parameter -fsanitize=address,undefined \
 		-fno-sanitize-recover=all -ffp-contract=off -fno-math-errno -fno-trapping-math -pthread \
 		-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('include'))") \
-		src/ewma/kernels/*.c -lm -o $(SANITIZED)/ewma/kernels/_native.abi3.so
+		src/ewma/kernels/c/*.c -lm -o $(SANITIZED)/ewma/kernels/_native.abi3.so
 	LD_PRELOAD="$(foreach library,$(SANITIZERS),$(shell $(CC) -print-file-name=$(library)))" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 		$(BIN)/python -m pytest -k "native or compiled or passes" tests/test_native.py tests/test_compiled_scan.py \

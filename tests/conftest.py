@@ -27,7 +27,7 @@ if NATIVE_MISSING:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if NATIVE_MISSING:
-        terminalreporter.write_line(f"{NATIVE_MISSING}: the tests of kernels/native.c were skipped")
+        terminalreporter.write_line(f"{NATIVE_MISSING}: the tests of kernels/c were skipped")
     if TRITON_MISSING:
         terminalreporter.write_line(f"{TRITON_MISSING}: the tests of kernels/triton*.py were skipped")
 

@@ -27,5 +27,5 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def test_there_are_some() -> None:
-    found = doctest.DocTestFinder().find(importlib.import_module("ewma.weights"))
+    found = doctest.DocTestFinder().find(importlib.import_module("ewma.weights.ema"))
     assert sum(len(each.examples) for each in found) > 2

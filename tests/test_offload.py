@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import ewma
-from ewma import offload
 from ewma.shards import local
+from ewma.weights import offload
 
 DECAY = 0.9
 ACCELERATOR = torch.accelerator.current_accelerator()
@@ -510,7 +510,7 @@ def test_a_forked_process_has_a_thread_of_its_own(python) -> None:
 import os
 import torch
 import ewma
-from ewma import offload
+from ewma.weights import offload
 
 offload.offloaded = lambda tensor, device: device is not None
 ema = ewma.ModelEMA(torch.nn.Linear(2, 2), half_life=1, device="cpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ewma
 from ewma import kernels
-from ewma.places import watch
+from ewma.weights.places import watch
 
 
 @pytest.fixture(

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ewma
-from ewma import ranks
+from ewma.weights import ranks
 
 STATISTICS = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
 

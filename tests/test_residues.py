@@ -8,8 +8,8 @@ import numpy
 import pytest
 import torch
 
-from ewma.averaging import scan
-from ewma.residues import hides, left_out
+from ewma.series.averaging import scan
+from ewma.series.residues import hides, left_out
 
 
 @pytest.mark.parametrize("kind", [numpy.asarray, torch.from_numpy], ids=["numpy", "torch"])

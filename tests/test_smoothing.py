@@ -16,7 +16,7 @@ import torch
 import ewma
 from ewma import ewm, smooth
 from ewma.profiles import Power, Uniform, tensorflow
-from ewma.sides import both_sides
+from ewma.series.sides import both_sides
 
 NAN, INF = math.nan, math.inf
 approx = pytest.approx

@@ -11,7 +11,7 @@ from tests.conftest import Small, bits, same, train
 from torch import nn
 
 import ewma
-from ewma import swapping
+from ewma.weights import swapping
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from ewma import checkpoints, gradients, nn, posthoc, profiles
     from ewma.gradients import GradientEMA
     from ewma.profiles import Exponential, Power, Uniform
-    from ewma.series import EMA
-    from ewma.smoothing import ewm, smooth
+    from ewma.series import EMA, ewm, smooth
     from ewma.weights import ModelEMA
 
 __all__ = [
@@ -36,8 +35,8 @@ _HOME = {
     "ModelEMA": "ewma.weights",
     "Power": "ewma.profiles",
     "Uniform": "ewma.profiles",
-    "ewm": "ewma.smoothing",
-    "smooth": "ewma.smoothing",
+    "ewm": "ewma.series",
+    "smooth": "ewma.series",
 }
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ewma import profiles
-from ewma.moments import Moments
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence, check_elapsed
-from ewma.weighting import Rule
+from ewma.series.moments import Moments
+from ewma.series.weighting import Rule
 
 
 class EMA(nn.Module):

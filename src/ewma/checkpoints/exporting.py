@@ -16,7 +16,7 @@ from torch import Tensor
 from ewma import pieces
 from ewma.checkpoints.averages import Averages
 from ewma.pieces import Piece
-from ewma.views import Readable
+from ewma.weights.views import Readable
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

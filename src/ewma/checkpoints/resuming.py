@@ -11,9 +11,9 @@ from ewma.checkpoints.naming import named
 from ewma.checkpoints.reading import Source, choose, locate
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence
-from ewma.states import WhichProfile
-from ewma.views import Readable
-from ewma.weights import ModelEMA
+from ewma.weights.ema import ModelEMA
+from ewma.weights.states import WhichProfile
+from ewma.weights.views import Readable
 
 
 def resume(

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ewma import files, hooks, profiles, ranks
+from ewma import files, hooks, profiles
 from ewma.gradients.resuming import check
 from ewma.profiles import Profile, Scalar, choose
 from ewma.recurrence import Recurrence
 from ewma.shards import local
+from ewma.weights import ranks
 
 LEAST = 1.5
 """Up to so many times the usual value nothing is a spike, however quiet it was before."""

@@ -1,4 +1,4 @@
-"""The compiled module: native.c and its companions, where a C compiler was there when the package was installed."""
+"""The compiled module: c/native.c and its companions, where a C compiler was there when the package was installed."""
 
 from array import array
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ def weigh(
     propagates: bool,
     timed: bool,
 ) -> None:
-    """What each step weighs, by the rules of `ewma.weighting`; arrays of one shape (outer, n, inner).
+    """What each step weighs, by the rules of `ewma.series.weighting`; arrays of one shape (outer, n, inner).
 
     `terms` are float64: keep, lost, gain, and what elapsed. `results` are float64, written: share, kept, weight, pairs
     and count. `state` is a float64 vector, read and left as after the last step: for each series its weight; then what

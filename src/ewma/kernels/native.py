@@ -1,6 +1,6 @@
 """The update in one compiled pass over memory, for tensors on the CPU.
 
-native.c has the loops and goes by pointers; what must hold of those is checked once for each preparation. The tensors
+c/lerp.c has the loops and goes by pointers; what must hold of those is checked once for each preparation. The tensors
 are held, so that nothing is freed; one whose memory moves must be prepared anew.
 """
 

@@ -1,4 +1,4 @@
-"""The filter of gradients in one compiled pass over memory, for tensors on the CPU: native.c has the loops.
+"""The filter of gradients in one compiled pass over memory, for tensors on the CPU: c/lerp.c has the loops.
 
 At nearly every step the gradients lie elsewhere, but laid out as before. Then only their addresses are exchanged, and
 only what depends on these is checked again.

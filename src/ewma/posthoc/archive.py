@@ -19,7 +19,7 @@ from ewma.posthoc.recording import Recording, is_first_rank, shared
 from ewma.posthoc.step_weights import Snapshot
 from ewma.profiles import Profile
 from ewma.readers import Checkpoint
-from ewma.views import Readable
+from ewma.weights.views import Readable
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ewma import files, pieces
 from ewma.pieces import Piece
 from ewma.posthoc.manifest import Entry
 from ewma.shards import is_sharded
-from ewma.views import Readable
+from ewma.weights.views import Readable
 
 
 class Recording:

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ewma import hooks, profiles, resharding, states, swapping
-from ewma.binding import Binding, Policy
+from ewma import hooks, profiles
 from ewma.profiles import Profile
-from ewma.ranks import How, Ranks
 from ewma.recurrence import check_elapsed
 from ewma.shards import reshard
-from ewma.states import WhichProfile, one_of
 from ewma.tracks import Track, capturing
-from ewma.views import Readable, View
+from ewma.weights import resharding, states, swapping
+from ewma.weights.binding import Binding, Policy
+from ewma.weights.ranks import How, Ranks
+from ewma.weights.states import WhichProfile, one_of
+from ewma.weights.views import Readable, View
 
 
 class ModelEMA(Readable):

@@ -6,16 +6,16 @@ import datetime
 from numbers import Real
 from typing import Any, NamedTuple
 
-from ewma import rules, stamps
 from ewma.arrays import is_tensor
-from ewma.moments import standardized_before
 from ewma.profiles import Profile, bare_number
-from ewma.ratios import correlated
 from ewma.recurrence import Weigh
-from ewma.sides import both_sides
-from ewma.sweep import Course, Spread, Statistic, mean_of, starting, sweep
-from ewma.values import Series, unpack
-from ewma.weighting import Missing, check_min_periods
+from ewma.series import rules, stamps
+from ewma.series.moments import standardized_before
+from ewma.series.ratios import correlated
+from ewma.series.sides import both_sides
+from ewma.series.sweep import Course, Spread, Statistic, mean_of, starting, sweep
+from ewma.series.values import Series, unpack
+from ewma.series.weighting import Missing, check_min_periods
 
 VARIANCE, COVARIANCE, OTHER = (0, 0), (0, 1), (1, 1)
 

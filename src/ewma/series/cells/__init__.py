@@ -8,9 +8,9 @@ from __future__ import annotations
 from numbers import Real
 from typing import Any, TypeAlias
 
-from ewma.cells.arrays import JOINT, VARIANCE, Arrays
-from ewma.cells.number import Number
-from ewma.cells.terms import Terms, own_initial
+from ewma.series.cells.arrays import JOINT, VARIANCE, Arrays
+from ewma.series.cells.number import Number
+from ewma.series.cells.terms import Terms, own_initial
 
 __all__ = ["JOINT", "Arrays", "Cell", "Number", "Terms", "kind_of", "new_cell", "own_initial"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ewma import recurrence
 from ewma.arrays import Array, like
-from ewma.cells.arrays import VARIANCE, Arrays
-from ewma.cells.terms import Terms, raise_for_missing
+from ewma.series.cells.arrays import VARIANCE, Arrays
+from ewma.series.cells.terms import Terms, raise_for_missing
 
 if TYPE_CHECKING:
-    from ewma.values import Series
+    from ewma.series.values import Series
 
 
 class Number:

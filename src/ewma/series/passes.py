@@ -13,7 +13,7 @@ import numpy
 
 from ewma import kernels
 from ewma.arrays import Array, like, wide
-from ewma.weighting import Rule, Terms, Weights
+from ewma.series.weighting import Rule, Terms, Weights
 
 Shape: TypeAlias = tuple[int, int, int]
 Room: TypeAlias = Callable[[Any, Shape], Array]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ewma import recurrence
 from ewma.arrays import Array, empty, full, is_tensor, like, may_ask, module_of, wide
-from ewma.cells.terms import Terms, raise_for_missing
+from ewma.series.cells.terms import Terms, raise_for_missing
 
 if TYPE_CHECKING:
-    from ewma.averaging import Pair
-    from ewma.moments import Moments
-    from ewma.values import Series
+    from ewma.series.averaging import Pair
+    from ewma.series.moments import Moments
+    from ewma.series.values import Series
 
 VARIANCE: tuple[Pair, ...] = ((0, 0),)
 JOINT: tuple[Pair, ...] = ((0, 0), (0, 1), (1, 1))
@@ -32,7 +32,7 @@ class Arrays:
     """
 
     def __init__(self, terms: Terms, kind: str, wanted: tuple[Pair, ...]) -> None:
-        from ewma.moments import Moments
+        from ewma.series.moments import Moments
 
         self.terms, self.kind = terms, kind
         self.moments: Moments = Moments(terms.rule, wanted)
@@ -87,7 +87,7 @@ class Arrays:
 
     def _step(self, x: Array, elapsed: float, timed: bool) -> bool:
         """Take in one value as a float is, where all elements weigh the same; False where they do not, or would not."""
-        from ewma.sweep import quietly
+        from ewma.series.sweep import quietly
 
         moments, common = self.moments, self.common
         numbers = [getattr(moments, name) for name in COMMON]
@@ -125,7 +125,7 @@ class Arrays:
         return made
 
     def _take(self, arrays: list[Array], elapsed: Any, timed: bool, outputs: list[Array]) -> None:
-        from ewma.sweep import follow, quietly
+        from ewma.series.sweep import follow, quietly
 
         module = module_of(arrays[0])
         if timed:
@@ -148,27 +148,27 @@ class Arrays:
         return self._give(self.moments.means[0])
 
     def second(self, unbiased: bool, pair: Pair = (0, 0)) -> Array:
-        from ewma.sweep import quietly
+        from ewma.series.sweep import quietly
 
         with quietly(self.moments.means[0]):
             return self._give(self.moments.second(pair, unbiased))
 
     def correlation(self) -> Array:
-        from ewma.ratios import correlated
+        from ewma.series.ratios import correlated
 
         return self._give(correlated(self.moments.spreads))
 
     def deviation(self, unbiased: bool) -> Array:
-        from ewma.ratios import root
-        from ewma.sweep import quietly
+        from ewma.series.ratios import root
+        from ewma.series.sweep import quietly
 
         variance = self.moments.second((0, 0), unbiased)
         with quietly(variance):
             return self._give(root(variance))
 
     def score(self, x: Array, unbiased: bool) -> Array:
-        from ewma.ratios import standardized
-        from ewma.sweep import quietly
+        from ewma.series.ratios import standardized
+        from ewma.series.sweep import quietly
 
         moments = self.moments
         with quietly(x):
@@ -177,8 +177,8 @@ class Arrays:
             return self._give(scores, coming=1.0)
 
     def merge(self, later: Any) -> None:
-        from ewma.merging import merge
-        from ewma.sweep import quietly
+        from ewma.series.merging import merge
+        from ewma.series.sweep import quietly
 
         self.begin(later.get(), later.shape)
         self.dtype = later.dtype if not self.moments.means else self.dtype

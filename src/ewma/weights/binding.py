@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ewma import kernels, offload
+from ewma import kernels
 from ewma.kernels.layout import parts_of
 from ewma.kernels.noise import GOLDEN, MASK, word
 from ewma.names import Named, named_tensors
-from ewma.places import watch
 from ewma.profiles import Exponential
 from ewma.recurrence import Recurrence
 from ewma.shards import first_element, is_sharded, local, placed_like
 from ewma.tracks import Track, refuse_capture
+from ewma.weights import offload
+from ewma.weights.places import watch
 
 Only: TypeAlias = Sequence[str] | Callable[[str, Tensor], bool] | None
 

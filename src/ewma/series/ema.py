@@ -13,10 +13,10 @@ from typing import Any
 
 from ewma import files, profiles
 from ewma.arrays import unmasked
-from ewma.cells import JOINT, Arrays, Cell, Number, Terms, kind_of, new_cell, own_initial
 from ewma.profiles import Profile
 from ewma.recurrence import Recurrence, Weigh, check_elapsed, weighing
-from ewma.weighting import Missing, Rule, check_min_periods, check_missing
+from ewma.series.cells import JOINT, Arrays, Cell, Number, Terms, kind_of, new_cell, own_initial
+from ewma.series.weighting import Missing, Rule, check_min_periods, check_missing
 
 
 class EMA:
@@ -125,7 +125,7 @@ class EMA:
             pair.update(_array(values[name]), elapsed, timed, _array(ys[name]))
         self._adopt(cells, joint, isinstance(x, Mapping))
         if timed:
-            from ewma.stamps import later
+            from ewma.series.stamps import later
 
             self._last = later(self._last, elapsed)
         self.count += 1
@@ -140,8 +140,8 @@ class EMA:
             y: of the same kind and shape, where the covariance of x with it is wanted.
             axis: of time: the last by default. Without it a value has the shape that `update` would get.
         """
-        from ewma.stamps import later, stamps
-        from ewma.values import unpack
+        from ewma.series.stamps import later, stamps
+        from ewma.series.values import unpack
 
         chunks = {name: unpack("x", chunk, axis) for name, chunk in self._by_name("EMA.extend", x).items()}
         others = {name: unpack("y", chunk, axis) for name, chunk in self._companions(x, y).items()}
@@ -242,7 +242,7 @@ class EMA:
         """All there is to save: tensors, numbers and strings only. NumPy arrays become lists of floats."""
         last = []
         if self._last is not None:
-            from ewma import stamps
+            from ewma.series import stamps
 
             last = stamps.to_json(self._last)
         return {
@@ -277,7 +277,7 @@ class EMA:
         self.reset()
         self.count = state["count"]
         if state["last"] != []:
-            from ewma import stamps
+            from ewma.series import stamps
 
             self._last = stamps.from_json(state["last"])
         if state["named"] is not None:
@@ -287,7 +287,7 @@ class EMA:
         """The newest stamp, once the values of another have come after those seen here."""
         if self._last is None or not later.count:
             return self._last if later._last is None else later._last
-        from ewma import stamps
+        from ewma.series import stamps
 
         if later._last is None:
             return stamps.later(self._last, max((cell.moments.time for cell in later._cells.values()), default=0.0))
@@ -317,7 +317,7 @@ class EMA:
 
     def _cell(self, name: str, x: Any, call: str = "EMA.update") -> Cell:
         """The cell that averages x, a value or a chunk, checked to fit; new where there is none yet."""
-        from ewma.values import Series
+        from ewma.series.values import Series
 
         if not isinstance(name, str):
             raise TypeError(f"{call}: a dict's names must be strings; got {name!r}")

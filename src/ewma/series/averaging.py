@@ -17,14 +17,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from ewma import columns, kernels, passes
+from ewma import columns, kernels
 from ewma.arrays import Array, before, full, like, may_ask, module_of, needs_gradient, wide
-from ewma.bases import base_of, fixed, matters, unit
-from ewma.residues import hides, left_out
-from ewma.weighting import LEAST_KEPT, Terms, Weights
+from ewma.series import passes
+from ewma.series.bases import base_of, fixed, matters, unit
+from ewma.series.residues import hides, left_out
+from ewma.series.weighting import LEAST_KEPT, Terms, Weights
 
 if TYPE_CHECKING:
-    from ewma.moments import Moments
+    from ewma.series.moments import Moments
 
 Pair: TypeAlias = tuple[int, int]
 Operation: TypeAlias = Callable[[Any, Any], Any]

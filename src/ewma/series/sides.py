@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy
 
-from ewma import outs
 from ewma.arrays import empty, module_of, needs_gradient, wide
-from ewma.moments import Moments
-from ewma.sweep import Course, quietly, raise_for_missing
-from ewma.values import Series
+from ewma.series import outs
+from ewma.series.moments import Moments
+from ewma.series.sweep import Course, quietly, raise_for_missing
+from ewma.series.values import Series
 
 
 def both_sides(course: Course, series: Series, out: Any) -> Any:

@@ -321,51 +321,15 @@ INLINE size_t lerp_dtypes(const Update *update, uint64_t start, uint64_t stop)
 
 typedef size_t Lerp(const Update *update, uint64_t start, uint64_t stop);
 
-static size_t lerp_baseline(const Update *update, uint64_t start, uint64_t stop)
-{
-    return lerp_dtypes(update, start, stop);
-}
+#define COMPILE(version, TARGET)                                                             \
+    TARGET static size_t lerp_##version(const Update *update, uint64_t start, uint64_t stop) \
+    {                                                                                        \
+        return lerp_dtypes(update, start, stop);                                             \
+    }
+EACH_VERSION(COMPILE)
 
-#ifdef MANY_INSTRUCTION_SETS
-TARGET_AVX2 static size_t lerp_avx2(const Update *update, uint64_t start, uint64_t stop)
-{
-    return lerp_dtypes(update, start, stop);
-}
-
-TARGET_AVX512 static size_t lerp_avx512(const Update *update, uint64_t start, uint64_t stop)
-{
-    return lerp_dtypes(update, start, stop);
-}
-#endif
-
-static const struct {
-    const char *name;
-    Lerp *lerp;
-} VERSIONS[] = {
-#ifdef MANY_INSTRUCTION_SETS
-    [AVX512] = {"avx512", lerp_avx512},
-    [AVX2] = {"avx2", lerp_avx2},
-#endif
-    [BASELINE] = {"baseline", lerp_baseline},
-};
-
-Version chosen = BASELINE;
-
-static int runs_here(Version version)
-{
-#ifdef MANY_INSTRUCTION_SETS
-    __builtin_cpu_init();
-    if (version == AVX512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-            && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-            && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-            && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    if (version == AVX2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-            && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-#endif
-    return version == BASELINE;
-}
+#define OF(version) lerp_##version
+static Lerp *const LERP[VERSION_COUNT] = OF_EACH_VERSION(OF);
 
 /* Large work is cut into parts, which threads share. */
 
@@ -379,7 +343,7 @@ static void lerp_part(void *shared, size_t index)
 {
     Work *work = shared;
     const uint64_t start = work->start + index * PART, left = work->stop - start;
-    const size_t skipped = VERSIONS[chosen].lerp(work->update, start, left < PART ? work->stop : start + PART);
+    const size_t skipped = LERP[chosen](work->update, start, left < PART ? work->stop : start + PART);
     if (skipped)
         ADD(&work->skipped, skipped);
 }
@@ -387,13 +351,13 @@ static void lerp_part(void *shared, size_t index)
 static size_t lerp_together(const Update *update, uint64_t start, uint64_t stop, int threads)
 {
     if (threads < 2 || stop - start <= PART)
-        return VERSIONS[chosen].lerp(update, start, stop);
+        return LERP[chosen](update, start, stop);
     Work work = {update, start, stop, 0};
     share(lerp_part, &work, (size_t)((stop - start + PART - 1) / PART), threads);
     return work.skipped;
 }
 
-/* What Python sees; _native.pyi says what each function is for. */
+/* What Python sees; _native.pyi says what it is for. */
 
 enum { HEADER = 4 };
 
@@ -411,7 +375,7 @@ static int read_set(Set *set, PyObject *coefficients, PyObject *words, Py_ssize_
     return PyErr_Occurred() ? -1 : 0;
 }
 
-static PyObject *py_lerp(PyObject *module, PyObject *arguments)
+PyObject *py_lerp(PyObject *module, PyObject *arguments)
 {
     Py_buffer table;
     PyObject *coefficients, *words, *result = NULL;
@@ -472,64 +436,4 @@ done:
     PyMem_Free(update);
     PyBuffer_Release(&table);
     return result;
-}
-
-static PyObject *py_instruction_sets(PyObject *module, PyObject *unused)
-{
-    PyObject *names = PyList_New(0);
-    for (Version version = 0; names && version < VERSION_COUNT; version++)
-        if (runs_here(version)) {
-            PyObject *name = PyUnicode_FromString(VERSIONS[version].name);
-            if (!name || PyList_Append(names, name) < 0)
-                Py_CLEAR(names);
-            Py_XDECREF(name);
-        }
-    return names;
-}
-
-static PyObject *py_use(PyObject *module, PyObject *name)
-{
-    for (Version version = 0; version < VERSION_COUNT; version++)
-        if (PyUnicode_CompareWithASCIIString(name, VERSIONS[version].name) == 0 && runs_here(version)) {
-            const char *before = VERSIONS[chosen].name;
-            chosen = version;
-            return PyUnicode_FromString(before);
-        }
-    return PyErr_Format(PyExc_ValueError, "this machine has no instruction set called %R", name);
-}
-
-static PyMethodDef METHODS[] = {
-    {"lerp", py_lerp, METH_VARARGS, NULL},
-    {"mean", py_mean, METH_VARARGS, NULL},
-    {"scan", py_scan, METH_VARARGS, NULL},
-    {"scan_elements", py_scan_elements, METH_VARARGS, NULL},
-    {"weigh", py_weigh, METH_VARARGS, NULL},
-    {"average", py_average, METH_VARARGS, NULL},
-    {"spread", py_spread, METH_VARARGS, NULL},
-    {"places", py_places, METH_VARARGS, NULL},
-    {"moved", py_moved, METH_VARARGS, NULL},
-    {"instruction_sets", py_instruction_sets, METH_NOARGS, NULL},
-    {"use", py_use, METH_O, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static int prepare_module(PyObject *module)
-{
-    (void)module;
-    chosen = 0;
-    while (!runs_here(chosen))
-        chosen++;
-    prepare_threads();
-    return 0;
-}
-
-static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, prepare_module}, {0, NULL}};
-
-static PyModuleDef MODULE = {
-    PyModuleDef_HEAD_INIT, "ewma.kernels._native", NULL, 0, METHODS, SLOTS, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__native(void)
-{
-    return PyModuleDef_Init(&MODULE);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ewma.arrays import Array, empty, is_tensor, module_of
-from ewma.values import Series
+from ewma.series.values import Series
 
 
 def refuse(out: Any) -> None:

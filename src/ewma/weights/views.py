@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ewma import files, states, swapping
+from ewma import files
 from ewma.names import Named, mismatch, named_tensors, unwrap
 from ewma.profiles import Profile
 from ewma.shards import has_fsdp, is_sharded, reshard
+from ewma.weights import states, swapping
 
 if TYPE_CHECKING:
     from ewma.tracks import Track
-    from ewma.weights import ModelEMA
+    from ewma.weights.ema import ModelEMA
 
 
 class Readable(ABC):

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ewma import files, profiles, swapping
+from ewma import files, profiles
 from ewma.names import Named, canonical, mismatch, named_tensors
 from ewma.profiles import Profile
 from ewma.shards import is_flat, write
+from ewma.weights import swapping
 
 if TYPE_CHECKING:
     from ewma.tracks import Track
-    from ewma.weights import ModelEMA
+    from ewma.weights.ema import ModelEMA
 
 WhichProfile: TypeAlias = Literal["saved", "mine"] | None
 

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from ewma.arrays import Array, is_real, is_tensor, may_ask, module_of
-from ewma.weighting import Rule
+from ewma.series.weighting import Rule
 
 
 class Terms(NamedTuple):

@@ -14,7 +14,7 @@ import numpy
 
 from ewma import columns, kernels
 from ewma.arrays import Array, empty
-from ewma.weighting import LEAST_KEPT, Rule, Terms
+from ewma.series.weighting import LEAST_KEPT, Rule, Terms
 
 LEAST = 1 << 12
 MOST = 1 << 17

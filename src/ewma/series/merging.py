@@ -9,7 +9,7 @@ from ewma.arrays import full, module_of, wide
 from ewma.profiles import Exponential
 
 if TYPE_CHECKING:
-    from ewma.moments import Moments
+    from ewma.series.moments import Moments
 
 
 def merge(moments: Moments, later: Moments) -> None:

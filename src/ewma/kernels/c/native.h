@@ -135,6 +135,7 @@ typedef void Part(void *work, size_t index);
 void share(Part *part, void *work, size_t count, int threads);
 void prepare_threads(void);
 
+PyObject *py_lerp(PyObject *module, PyObject *arguments); /* in lerp.c */
 PyObject *py_mean(PyObject *module, PyObject *arguments); /* in means.c */
 PyObject *py_scan(PyObject *module, PyObject *arguments);
 PyObject *py_scan_elements(PyObject *module, PyObject *arguments); /* in elements.c */

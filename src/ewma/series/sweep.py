@@ -16,15 +16,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy
 
-from ewma import kernels, outs, whole
+from ewma import kernels
 from ewma.arrays import Array, empty, is_tensor, may_ask, module_of, needs_gradient
-from ewma.averaging import Pair
 from ewma.columns import Vector
-from ewma.moments import Chunk, Moments
-from ewma.ratios import root
-from ewma.rules import numbers
-from ewma.values import Series
-from ewma.weighting import Rule
+from ewma.series import outs, whole
+from ewma.series.averaging import Pair
+from ewma.series.moments import Chunk, Moments
+from ewma.series.ratios import root
+from ewma.series.rules import numbers
+from ewma.series.values import Series
+from ewma.series.weighting import Rule
 
 PIECE = 1 << 18
 COMPILED = 1 << 16

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from ewma import averaging
 from ewma.arrays import Array, before, full, may_ask, module_of, needs_gradient
-from ewma.averaging import Averaged, Pair, end, last, scan
-from ewma.ratios import debiased, standardized
-from ewma.weighting import Rule, Terms, part_of
+from ewma.series import averaging
+from ewma.series.averaging import Averaged, Pair, end, last, scan
+from ewma.series.ratios import debiased, standardized
+from ewma.series.weighting import Rule, Terms, part_of
 
 
 class Chunk(NamedTuple):

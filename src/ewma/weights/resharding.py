@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ewma import ranks, states
 from ewma.names import canonical, mismatch, named_tensors
 from ewma.readers.base import Entry
 from ewma.readers.distributed import Distributed
-from ewma.states import WhichProfile
+from ewma.weights import ranks, states
+from ewma.weights.states import WhichProfile
 
 if TYPE_CHECKING:
-    from ewma.weights import ModelEMA
+    from ewma.weights.ema import ModelEMA
 
 Steps: TypeAlias = tuple[Any, ...]
 

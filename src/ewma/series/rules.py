@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy
 
-from ewma import profiles, stamps
+from ewma import profiles
 from ewma.arrays import Array, is_real, is_tensor, like, may_ask, module_of, wide
 from ewma.profiles import KNOBS, Profile
 from ewma.recurrence import Weigh, weighing
-from ewma.values import Series
-from ewma.weighting import Missing, Rule, check_missing
+from ewma.series import stamps
+from ewma.series.values import Series
+from ewma.series.weighting import Missing, Rule, check_missing
 
 DOMAINS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "half_life": ("finite and above 0", lambda x: (x > 0.0) & (x < math.inf)),
