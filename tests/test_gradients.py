@@ -404,6 +404,12 @@ def test_names_are_the_models_the_optimizers_or_places() -> None:
     assert names(model=torch.compile(model)) == own
     assert names(params=model.named_parameters()) == own
     assert names() == ["0.0", "0.1", "0.2", "0.3"]
+    loss = nn.Linear(1, 1)
+    assert names(model=model, params=[*model.parameters(), *loss.parameters()]) == own
+    with pytest.raises(
+        ValueError, match=r"names none of the optimizer's 4 parameters: it is another Linear .* Pass the"
+    ):
+        names(model=loss)
 
 
 @pytest.mark.parametrize("squares", [False, True])

@@ -69,7 +69,14 @@ class Owners:
             for place, parameter in enumerate(group["params"]):
                 names[id(parameter)] = own[place] if own else f"{number}.{place}"
         if self.model is not None:
-            names |= {id(named.tensor): named.name for named in named_tensors(self.model) if id(named.tensor) in names}
+            known = {id(named.tensor): named.name for named in named_tensors(self.model) if id(named.tensor) in names}
+            if names and not known:
+                raise ValueError(
+                    f"model= names none of the optimizer's {len(names)} parameters: it is another "
+                    f"{type(self.model).__name__} than the one that is trained. Pass the one whose parameters() the "
+                    f"optimizer was made with."
+                )
+            names |= known
         if len(set(names.values())) < len(names):
             raise ValueError("two of the optimizer's parameters have the same name: pass model= to name them")
         return [names[id(parameter)] for parameter in parameters]
