@@ -220,7 +220,8 @@ INLINE void filter_in_float(
 }
 
 INLINE void filter_in_double(
-    void *restrict values, const double *restrict averages, int n, double raw, double slow, int guard, Dtype value_dtype)
+    void *restrict values, const double *restrict averages, int n, double raw, double slow, int guard,
+    Dtype value_dtype)
 {
     INDEPENDENT
     for (int i = 0; i < n; i++) {
