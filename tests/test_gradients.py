@@ -412,6 +412,18 @@ def test_names_are_the_models_the_optimizers_or_places() -> None:
         names(model=loss)
 
 
+def test_a_parameter_that_is_exchanged_keeps_its_average() -> None:
+    first, second = weights(4, 4)
+    optimizer = Recorder([first])
+    ema = GradientEMA(optimizer, alpha=0.5, debias=False)
+    for parameter, value in ((first, 1.0), (first, 1.0), (second, 3.0)):
+        optimizer.param_groups[0]["params"] = [parameter]
+        parameter.grad = torch.full((4,), value)
+        optimizer.step()
+    assert ema.count == 3
+    assert second.grad.tolist() == [2.0] * 4
+
+
 @pytest.mark.parametrize("squares", [False, True])
 def test_a_resumed_run_goes_on_bit_for_bit(squares: bool, tmp_path: Any) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -233,7 +233,8 @@ class GradientEMA(Measured):
         present, gradients = self.owners.present()
         if not present:
             return
-        signature = present, *([getattr(each, what) for each in gradients] for what in ("dtype", "shape", "device"))
+        owners = [(name, id(parameter)) for name, parameter in present]  # tensors themselves compare by their elements
+        signature = owners, *([getattr(each, what) for each in gradients] for what in ("dtype", "shape", "device"))
         if signature != self._signature:
             with torch.inference_mode(False):
                 self._prepare(present, gradients)
