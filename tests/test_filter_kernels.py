@@ -255,3 +255,10 @@ def test_averages_whose_memory_moves_are_found_again() -> None:
     average.share_memory_()
     prepared(gradient.split(8), 0.5, 1.0, 0.0)
     assert average.tolist() == [0.75] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_averages_are_refused(dtype: torch.dtype) -> None:
+    said = rf"in float32 or float64; got {dtype}. Keep them wide: average.float\(\)"
+    with pytest.raises(ValueError, match=said):
+        kernels.filter([torch.zeros(4, dtype=dtype)], None)

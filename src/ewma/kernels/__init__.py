@@ -130,6 +130,11 @@ def filter(averages: Sequence[Tensor], squares: Sequence[Tensor] | None, guard: 
         guard: a non-finite element of a gradient leaves its averages alone and is counted. A NaN that is in an average
             now marks an element that has seen nothing: it takes its gradient whole, which stays as it is until then.
     """
+    if kinds := sorted({str(average.dtype) for average in averages} - {"torch.float32", "torch.float64"}):
+        raise ValueError(
+            f"expected averages of gradients in float32 or float64; got {', '.join(kinds)}. Keep them wide: "
+            f"average.float()"
+        )
     return cast(Filter, _chosen("_filter", *averages[:1]).Filter(averages, squares, guard))
 
 
