@@ -128,7 +128,7 @@ def count(total, which):
 
 @triton.jit
 def moved(old, value, c):
-    """The update in the dtype of old, as lerp.c has it; in two parts where the difference is too large."""
+    """The update in the dtype of old, as blocks.h has it; in two parts where the difference is too large."""
     near = c >= 0.5
     factor = tl.where(near, c - 1.0, c).to(old.dtype)
     difference = value - old
